@@ -1,0 +1,46 @@
+"""`python -m allconv COMMAND`: help, version and typing errors are answered before torch loads."""
+
+import difflib
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "fit": "train; --ckpt_path last goes on with a stopped run, --init FILE starts from weights",
+    "validate": "evaluate a checkpoint on the validation pictures (default: best of the newest run)",
+    "test": "evaluate a checkpoint on the test pictures (default: best of the newest run)",
+}
+
+HELP = """usage: python -m allconv COMMAND [options]
+
+The All-Convolutional Net on CIFAR-100.
+
+{commands}
+
+  python -m allconv COMMAND --help   every option of a command
+  python -m allconv --version        the version
+
+start: python -m allconv fit --config configs/demo.yaml"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Answer what needs no torch, and hand the rest to allconv.cli."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(HELP.format(commands="\n".join(f"  {k:{width}}{v}" for k, v in COMMANDS.items())))
+        return
+    if args[0] == "--version":
+        print(f"allconv {version('allconv')}")
+        return
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"allconv: no command {args[0]}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    from allconv import cli
+
+    cli.main(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Figures: tensors in, matplotlib Figure out. Nothing is read, written or shown here.
+
+Blue and vermilion are Okabe and Ito's (https://jfly.uni-koeln.de/color/): told apart by everyone.
+"""
+
+import math
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def readable(name: str) -> str:
+    """A class name as a person writes it."""
+    return name.replace("_", " ")
+
+
+def curves(rows: list[dict[str, float]], title: str) -> Figure:
+    """Cross-entropy and accuracy over the epochs.
+
+    Args:
+        rows: a run's metrics, one dict an epoch, with the project's metric names.
+        title: what the run was.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2)
+
+    def line(axes, name, label, color, scale=1.0, **style):
+        points = [(row["epoch"] + 1, row[name] * scale) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, label=label, color=color, **style)
+
+    line(left, "train/loss", "training (as trained)", VERMILION)
+    line(left, "val/loss", "validation", BLUE)
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    line(right, "val/acc", "validation, top 1", BLUE, 100)
+    line(right, "val/top5", "validation, top 5", GREY, 100)
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.lines:
+            axes.legend(frameon=False)
+    return figure
+
+
+def predictions(
+    images: Tensor, labels: Tensor, logits: Tensor, names: tuple[str, ...], title: str
+) -> Figure:
+    """Pictures with their true class, predicted class and its probability.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) true classes.
+        logits: (N, classes).
+        names: class names.
+        title: where the pictures are from.
+    """
+    probabilities, predicted = logits.float().softmax(1).max(1)
+    columns = 5
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.1 * columns, 2.55 * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if i >= len(images):
+            continue
+        right = labels[i] == predicted[i]
+        color, mark = (BLUE, "✓") if right else (VERMILION, "✗")
+        axes.imshow(images[i].permute(1, 2, 0).cpu(), interpolation="nearest")
+        axes.set_title(
+            f"{mark} {readable(names[predicted[i]])} {100 * probabilities[i]:.0f} %\n"
+            f"truth: {readable(names[labels[i]])}",
+            fontsize=9,
+            color=color,
+        )
+    return figure
+
+
+def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[str, ...]], title):
+    """Confusion matrix, the classes of a group side by side.
+
+    Args:
+        matrix: (classes, classes) counts, true class by predicted class.
+        names: class names in the order of the matrix.
+        groups: group names with the class names in them.
+        title: what was evaluated.
+    """
+    order = [names.index(name) for members in groups.values() for name in members]
+    shares = matrix[order][:, order].double()
+    shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="cividis", interpolation="nearest", vmin=0, vmax=100)
+    sizes = torch.tensor([len(members) for members in groups.values()])
+    ends = sizes.cumsum(0)
+    centres = (ends - sizes / 2 - 0.5).tolist()
+    labels = [readable(name) for name in groups]
+    axes.set_xticks(centres, labels, rotation=90, fontsize=8)
+    axes.set_yticks(centres, labels, fontsize=8)
+    for edge in ends[:-1].tolist():
+        axes.axhline(edge - 0.5, color="white", lw=0.3)
+        axes.axvline(edge - 0.5, color="white", lw=0.3)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
+    return figure

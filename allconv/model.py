@@ -1,0 +1,112 @@
+"""AllCNN, the all-convolutional network.
+
+From the notebook "The AllConv Net, a parameter efficient ConvNet as baseline", after Springenberg
+et al., "Striving for Simplicity: The All Convolutional Net" (arXiv:1412.6806). Names and outputs
+are a contract: weights go from the notebook's class to this one and back (`tests/test_model.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def conv(c_in: int, c_out: int, kernel_size: int, stride: int, dropout: float) -> nn.Sequential:
+    """Convolution, batch norm and channel dropout; the rectifier follows after the shortcut.
+
+    Without dropout there is no dropout module: it has no weights, so the names stay as they are.
+    """
+    layers = [
+        nn.Conv2d(c_in, c_out, kernel_size, stride, padding=kernel_size // 2),
+        nn.BatchNorm2d(c_out),
+    ]
+    if dropout:
+        layers.append(nn.Dropout2d(dropout))
+    return nn.Sequential(*layers)
+
+
+class AllCNN(nn.Module):
+    """All-convolutional network: downsampling by stride, one feature map a class, averaged.
+
+    The defaults are the notebook's function exactly; `dropout=0, rectify_logits=False` repairs it.
+
+    Args:
+        width: channels after the first convolution (64: 1,387,044 parameters; 32: 354,628).
+        num_classes: number of classes.
+        residuals: add each layer's input to its output where their shapes agree.
+        dropout: share of channels dropped after each layer, in 0..1 (1 excluded).
+        rectify_logits: whether a ReLU and dropout stand on the class maps, as in the notebook; the
+            logits cannot go below zero then.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        num_classes: int = 100,
+        residuals: bool = False,
+        dropout: float = 0.2,
+        rectify_logits: bool = True,
+    ):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width is {width}: it must be at least 1")
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}: it must be at least 2")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        self.residuals = residuals
+        w, p = width, dropout
+        self.conv1 = conv(3, w, 3, 1, p)
+        self.conv2 = conv(w, w, 3, 1, p)
+        self.conv3 = conv(w, 2 * w, 3, 2, p)
+        self.conv4 = conv(2 * w, 2 * w, 3, 1, p)
+        self.conv5 = conv(2 * w, 2 * w, 3, 1, p)
+        self.conv6 = conv(2 * w, 4 * w, 3, 2, p)
+        self.conv7 = conv(4 * w, 4 * w, 3, 1, p)
+        self.conv8 = conv(4 * w, 4 * w, 1, 1, p)
+        self.conv8.append(nn.ReLU())
+        self.conv9 = nn.Sequential(nn.Conv2d(4 * w, num_classes, 1))
+        if rectify_logits:
+            if dropout:
+                self.conv9.append(nn.Dropout2d(dropout))
+            self.conv9.append(nn.ReLU())
+
+    def maps(self, x: Tensor) -> Tensor:
+        """One map a class; their means are the logits, so they show where a class was seen.
+
+        Args:
+            x: (B, 3, H, W) normalized pictures.
+
+        Returns:
+            (B, num_classes, ceil(H/4), ceil(W/4)).
+        """
+        x = self.conv1(x).relu()  # (B, w, 32, 32) for 32 x 32 pictures
+        x = self._same(self.conv2, x)
+        x = self.conv3(x).relu()  # (B, 2w, 16, 16)
+        x = self._same(self.conv4, x)
+        x = self._same(self.conv5, x)
+        x = self.conv6(x).relu()  # (B, 4w, 8, 8)
+        x = self._same(self.conv7, x)
+        # conv8 ends in a ReLU of its own: in the residual net the sum is rectified once more
+        x = (self.conv8(x) + x).relu() if self.residuals else self.conv8(x)
+        return self.conv9(x)  # (B, num_classes, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalized pictures (B, 3, H, W)."""
+        # mean, not AvgPool2d(8): any picture size, and a deterministic backward pass on CUDA
+        return self.maps(x).mean((2, 3))
+
+    def _same(self, layer: nn.Module, x: Tensor) -> Tensor:
+        y = layer(x)
+        return (y + x if self.residuals else y).relu()
+
+
+def width_of(state_dict: dict[str, Tensor]) -> int:
+    """The width of the AllCNN that a state dict belongs to."""
+    return state_dict["conv1.0.weight"].shape[0]
+
+
+def load_notebook(path: str) -> dict[str, Tensor]:
+    """A state dict as the notebook saved it (`epochN.pt`), without executing anything in it."""
+    return torch.load(path, map_location="cpu", weights_only=True)

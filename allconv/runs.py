@@ -1,0 +1,153 @@
+"""Run folders and their checkpoints.
+
+A run is `lightning_logs/version_N/`: config.yaml, metrics.csv, TensorBoard events, curves.png,
+`checkpoints/best.ckpt` (highest val/acc) and `checkpoints/last.ckpt`.
+"""
+
+import csv
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
+
+from allconv.model import width_of
+
+LOGS = "lightning_logs"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another net."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file that was read and found whole.
+
+    Attributes:
+        path: the file.
+        hparams: arguments of the task it was made with; of a bare state dict, the width only.
+        weights: the net's state dict, if the file is a bare one as the notebook saved it.
+        epoch: epochs trained, if the file tells.
+        step: optimizer steps taken.
+    """
+
+    path: Path
+    hparams: dict[str, object]
+    weights: dict[str, Tensor] | None = None
+    epoch: int | None = None
+    step: int = 0
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder it lies in, if it lies in one."""
+        folder = self.path.parent.parent
+        return folder if (folder / "config.yaml").is_file() else None
+
+    @property
+    def folder(self) -> Path:
+        """Where what is found out about it is written: its run's folder, or its own."""
+        return self.run or self.path.parent
+
+
+def number(run: Path) -> int:
+    """N of a run folder version_N; -1 of anything else."""
+    match = re.fullmatch(r"version_(\d+)", run.name)
+    return int(match[1]) if match and run.is_dir() else -1
+
+
+def claim(logs: Path) -> Path:
+    """Make the next free run folder; two processes never get the same."""
+    logs.mkdir(parents=True, exist_ok=True)
+    n = max(map(number, logs.iterdir()), default=-1) + 1
+    while True:
+        run = logs / f"version_{n}"
+        try:
+            run.mkdir()
+            return run
+        except FileExistsError:
+            n += 1
+
+
+def find_checkpoint(name: str, logs: Path) -> Path:
+    """The file that `--ckpt_path` means.
+
+    Args:
+        name: "best" or "last" (of the newest run that has it), or a file.
+        logs: folder of the runs.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name not in ("best", "last"):
+        path = Path(name)
+        if not path.is_file():
+            raise CheckpointError(f"ckpt_path is {name}: no such file; or give best or last")
+        return path
+    folders = logs.iterdir() if logs.is_dir() else ()
+    for run in sorted(folders, key=number, reverse=True):
+        path = run / "checkpoints" / f"{name}.ckpt"
+        if number(run) >= 0 and path.is_file():
+            return path
+    raise CheckpointError(
+        f"ckpt_path is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
+        "train one (python -m allconv fit) or give a file (--ckpt_path FILE)"
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint of ours or a bare state dict; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another net.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
+    if isinstance(content, dict) and "net.conv1.0.weight" in content.get("state_dict", ()):
+        hparams = content["hyper_parameters"]
+        hparams = {key: value for key, value in hparams.items() if not key.startswith("_")}
+        return Checkpoint(
+            path, hparams, epoch=content["epoch"], step=content["global_step"]
+        )
+    if isinstance(content, dict) and "conv1.0.weight" in content:
+        return Checkpoint(path, {"width": width_of(content)}, weights=content)
+    raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv; what a row does not have is left out of it."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def loggers(run: Path, resume_step: int | None) -> list[Logger]:
+    """TensorBoard and CSV loggers that write into one run folder.
+
+    Args:
+        run: the folder.
+        resume_step: steps taken when a resumed run goes on; what was logged later is dropped, what
+            was logged before is kept.
+    """
+    place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
+    kept = read_metrics(run) if resume_step is not None else []
+    table = CSVLogger(**place)
+    if kept:
+        # CSVLogger begins by deleting the file, so a copy has to outlive a kill
+        copy = (run / "metrics.csv").replace(run / "metrics.before-resume.csv")
+        for row in kept:
+            if row["step"] < resume_step:
+                step = int(row.pop("step"))
+                table.experiment.log_metrics({**row, "epoch": int(row["epoch"])}, step)
+        table.save()
+        copy.unlink()
+    purge = {} if resume_step is None else {"purge_step": resume_step}
+    return [TensorBoardLogger(**place, default_hp_metric=False, **purge), table]
