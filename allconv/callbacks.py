@@ -64,7 +64,7 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(path, weights_only=False)
 
 
-class Diverged(ValueError):
+class DivergedError(ValueError):
     """The training loss is not a finite number."""
 
 
@@ -78,14 +78,14 @@ class StopWhenDiverged(Callback):
         """Look at the loss of this step, if it is its turn.
 
         Raises:
-            Diverged: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         if (batch_idx + 1) % trainer.log_every_n_steps and not trainer.is_last_batch:
             return
         loss = outputs["loss"].item()
         if not math.isfinite(loss):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            raise Diverged(
+            raise DivergedError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
                 f"{trainer.current_epoch + 1}, rate {rate:g}): lower model.lr; the epoch before is "
                 f"kept in {Path(trainer.log_dir or '.', 'checkpoints', 'last.ckpt')}"
@@ -196,7 +196,9 @@ class Curves(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.log_dir)
-        title = f"AllCNN, width {pl_module.net.conv1[0].out_channels}, on {trainer.datamodule.title}"
+        title = (
+            f"AllCNN, width {pl_module.net.conv1[0].out_channels}, on {trainer.datamodule.title}"
+        )
         figures.curves(read_metrics(run), title).savefig(run / "curves.png", dpi=100)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from allconv import callbacks, runs
-from allconv.data import CIFAR100, DataError
+from allconv.data import CIFAR100, DataError, normalize
 from allconv.task import Classifier
 
-USER_ERRORS = (DataError, runs.CheckpointError, callbacks.Diverged)
+USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
 
 
 class Parser(LightningArgumentParser):
@@ -26,8 +26,9 @@ class Parser(LightningArgumentParser):
         """Print one line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         line = " ".join(message.split())
-        keys = {a.dest for a in parser._actions} | {o for a in parser._actions for o in a.option_strings}
-        for word in re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line):
+        keys = {key for a in parser._actions for key in (a.dest, *a.option_strings)}
+        unknown = "nrecognized" in line or "not expected" in line
+        for word in unknown * re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line):
             word = word.strip("\"'")
             if word in keys:
                 continue
@@ -122,31 +123,34 @@ class CLI(LightningCLI):
         """Make the model, the data and the trainer; what they refuse is a usage error."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError) as error:
             fail(2, error)
 
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""
         bar = sys.stdout.isatty() and self._get(self.config_init, "trainer").enable_progress_bar
-        fit = self.subcommand == "fit"
         always = [RichProgressBar()] if bar else []
-        if fit:
-            always += [callbacks.NetSummary(max_depth=2), callbacks.EpochSeed(), callbacks.StopWhenDiverged()]
-            always.append(callbacks.Progress(bar))
-        if not fit:
+        if self.subcommand != "fit":
             self.save_config_callback = None
-            always.append(callbacks.Predictions(self.checkpoint))
             kwargs["logger"] = False
-        elif not self.config_init.fit.trainer.fast_dev_run:
-            best = ModelCheckpoint(
-                monitor="val/acc", mode="max", filename="best", enable_version_counter=False
-            )
-            always += [callbacks.Curves(), callbacks.Predictions(), best, callbacks.LastCheckpoint()]
+            always.append(callbacks.Predictions(self.checkpoint))
+        else:
+            always += [
+                callbacks.NetSummary(max_depth=2),
+                callbacks.EpochSeed(),
+                callbacks.StopWhenDiverged(),
+                callbacks.Progress(bar),
+            ]
+            if not self.config_init.fit.trainer.fast_dev_run:
+                best = ModelCheckpoint(
+                    monitor="val/acc", mode="max", filename="best", enable_version_counter=False
+                )
+                always += [callbacks.Curves(), callbacks.Predictions(), best]
+                always.append(callbacks.LastCheckpoint())
         self.trainer_defaults["callbacks"] = always
-        trainer = super().instantiate_trainer(
+        return super().instantiate_trainer(
             enable_progress_bar=bar, enable_model_summary=False, **kwargs
         )
-        return trainer
 
     def before_fit(self) -> None:
         """Read the data, then make or find the run folder: what fails leaves no empty folder."""
@@ -161,13 +165,22 @@ class CLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
             resumed = self.checkpoint and self.checkpoint.run
+            if not (self.checkpoint or config.init):  # the other processes get rank 0's weights
+                self.model.whiten(normalize(self.datamodule.sets["train"].images[::10]))
             run = resumed or runs.claim(self._logs(config))
         self.trainer.loggers = runs.loggers(run, self.checkpoint and self.checkpoint.step)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
         path = self.checkpoint and self.checkpoint.path
-        self.trainer.fit(ckpt_path=path, weights_only=True, **kwargs)
+        try:
+            self.trainer.fit(ckpt_path=path, weights_only=True, **kwargs)
+        except SystemExit:  # Lightning ends with 1 after Ctrl-C and with 0 after SIGTERM
+            if self.trainer.received_sigterm:
+                sys.exit(143)
+            if self.trainer.interrupted:
+                sys.exit(130)
+            raise
 
     def validate(self, **kwargs) -> None:
         """Evaluate on the validation pictures."""
@@ -200,10 +213,12 @@ def _quieten() -> None:
     """Leave out what Lightning says and Progress says better, and warnings that are no news."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     for message in (
         "Experiment logs directory .* exists",  # the run's folder; runs.loggers keeps its rows
         "Checkpoint directory .* exists",  # of a run that goes on
         ".*LeafSpec",  # between Lightning and torch
+        "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
         ".*smaller than the logging interval",  # one row an epoch, whatever the interval
         "The '.*_dataloader' does not have many workers",  # none are needed: one index a batch
     ):
@@ -217,5 +232,5 @@ def main(args: list[str] | None = None) -> None:
         CLI(args)
     except USER_ERRORS as error:
         fail(1, error)
-    except SIGTERMException:
-        sys.exit(143)
+    except MisconfigurationException as error:  # Lightning's word for what it is asked in vain
+        fail(2, error)

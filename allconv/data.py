@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from allconv import demo
+from allconv import augment, demo
 
 # Mean and standard deviation of each channel over the 50,000 training pictures, as fractions of
 # 255, in the notebook's rounding; `channel_statistics` computes them again.
@@ -291,6 +291,11 @@ class CIFAR100(LightningDataModule):
         val_size: training pictures held out for validation, the same number of each class; of the
             demo set a fifth at most.
         split_seed: seed of that split alone; the same number gives the same split everywhere.
+        crop: shift each training picture by up to this many pixels, see `allconv.augment.crop`.
+        flip: mirror half of the training pictures each epoch, the other half in the next.
+        sizes: training pictures are scaled down at first: pairs of a share of the run's steps and
+            the size in pixels until then, ascending; after the last, 32 pixels (Touvron et al.,
+            arXiv:1906.06423, and fast.ai's progressive resizing).
         demo: use a small drawn data set instead: no download, and no real figures.
 
     Raises:
@@ -305,6 +310,9 @@ class CIFAR100(LightningDataModule):
         batch_size: int = 64,
         val_size: int = 5000,
         split_seed: int = 43,
+        crop: int = 0,
+        flip: bool = False,
+        sizes: tuple[tuple[float, int], ...] = (),
         demo: bool = False,
     ):
         super().__init__()
@@ -318,6 +326,14 @@ class CIFAR100(LightningDataModule):
             )
         if not 0 <= split_seed < 2**32:
             raise ValueError(f"data.split_seed is {split_seed}: it must be from 0 to {2**32 - 1}")
+        if not 0 <= crop < 32:
+            raise ValueError(f"data.crop is {crop}: it must be from 0 to 31")
+        for share, size in sizes:
+            if not (0 < share <= 1 and 4 <= size <= 32):
+                raise ValueError(
+                    f"data.sizes has {[share, size]}: it must be pairs of a share above 0 and at "
+                    "most 1, and a size from 4 to 32"
+                )
         self.save_hyperparameters(logger=False)
         self.sets: dict[str, Pictures] = {}  # by Lightning's stage names; filled when asked for
         self.split_fingerprint: str | None = None
@@ -408,11 +424,21 @@ class CIFAR100(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int):
-        """Normalize on the device; (B, 3, 32, 32) uint8 becomes float32."""
+        """Augment if training, and normalize: uint8 becomes float32, on the device."""
         if isinstance(batch, Tensor):  # the model summary's example input
             return batch
         images, labels = batch
-        return normalize(images), labels
+        if not self.trainer.training:
+            return normalize(images), labels
+        h, trainer = self.hparams, self.trainer
+        if h.flip:
+            images = augment.alternating_flip(images, trainer.current_epoch)
+        if h.crop:
+            images = augment.crop(images, h.crop)  # torch's generator: seeded every epoch
+        images = normalize(images)
+        done = trainer.global_step / trainer.estimated_stepping_batches if h.sizes else 1
+        size = next((size for share, size in h.sizes if done < share), 32)
+        return (augment.resize(images, size) if size < 32 else images), labels
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint remembers of the data: which set, and which pictures were held out."""

@@ -102,11 +102,40 @@ class AllCNN(nn.Module):
         return (y + x if self.residuals else y).relu()
 
 
+def dirac_(net: AllCNN) -> None:
+    """Begin the 3x3 convolutions after the first as far as possible as the identity.
+
+    Partial dirac initialization, from Jordan, "94% on CIFAR-10" (arXiv:2404.00498).
+    """
+    for layer in (net.conv2, net.conv3, net.conv4, net.conv5, net.conv6, net.conv7):
+        weight = layer[0].weight
+        nn.init.dirac_(weight.data[: weight.shape[1]])
+
+
+@torch.no_grad()
+def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
+    """Begin the first convolution with filters that whiten 3x3 patches, and their negatives.
+
+    From Page, "How to Train Your ResNet" (myrtle.ai), in the form of arXiv:2404.00498 with its
+    eps. Filters beyond the 54 keep their random start.
+
+    Args:
+        net: the net.
+        images: (B, 3, H, W) normalized training pictures.
+        eps: added to the variances, so that weak directions are not blown up.
+    """
+    patches = nn.functional.unfold(images.double(), 3)  # (B, 27, patches)
+    patches = patches.transpose(1, 2).reshape(-1, 27)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + eps).sqrt()).T.flip(0)  # strongest direction first
+    # the sign of an eigenvector is arbitrary and differs between machines
+    filters *= filters.sum(1, keepdim=True).sign()
+    pairs = torch.stack([filters, -filters], 1).view(-1, 3, 3, 3)  # (54, 3, 3, 3)
+    weight = net.conv1[0].weight
+    n = min(len(weight), len(pairs))
+    weight[:n] = pairs[:n].to(weight)
+
+
 def width_of(state_dict: dict[str, Tensor]) -> int:
     """The width of the AllCNN that a state dict belongs to."""
     return state_dict["conv1.0.weight"].shape[0]
-
-
-def load_notebook(path: str) -> dict[str, Tensor]:
-    """A state dict as the notebook saved it (`epochN.pt`), without executing anything in it."""
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -112,9 +112,7 @@ def load(path: Path) -> Checkpoint:
     if isinstance(content, dict) and "net.conv1.0.weight" in content.get("state_dict", ()):
         hparams = content["hyper_parameters"]
         hparams = {key: value for key, value in hparams.items() if not key.startswith("_")}
-        return Checkpoint(
-            path, hparams, epoch=content["epoch"], step=content["global_step"]
-        )
+        return Checkpoint(path, hparams, epoch=content["epoch"], step=content["global_step"])
     if isinstance(content, dict) and "conv1.0.weight" in content:
         return Checkpoint(path, {"width": width_of(content)}, weights=content)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
