@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 COMMANDS = {
     "fit": "train; --ckpt_path last goes on with a stopped run, --init FILE starts from weights",
-    "validate": "evaluate a checkpoint on the validation pictures (default: best of the newest run)",
-    "test": "evaluate a checkpoint on the test pictures (default: best of the newest run)",
+    "validate": "evaluate on the validation pictures; default: the newest run's best checkpoint",
+    "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
 }
 
 HELP = """usage: python -m allconv COMMAND [options]

@@ -203,8 +203,9 @@ class Curves(Callback):
 
 
 class Predictions(Callback):
-    """Pictures with predictions and the confusion matrix: in TensorBoard while training, as files
-    when a checkpoint is evaluated.
+    """Pictures with predictions, and the confusion matrix.
+
+    In TensorBoard while training, as files when a checkpoint is evaluated.
 
     Args:
         checkpoint: what is evaluated, with its path and folder; None while training.
@@ -280,7 +281,7 @@ class Predictions(Callback):
             return
         data, checkpoint = trainer.datamodule, self.checkpoint
         result = {
-            **{name: value.item() for name, value in trainer.callback_metrics.items()},
+            **{name: round(value.item(), 7) for name, value in trainer.callback_metrics.items()},
             "data": data.title,
             "checkpoint": str(checkpoint.path),
             "epoch": checkpoint.epoch,
@@ -301,7 +302,8 @@ class Predictions(Callback):
         pictures, confusion = self._draw(trainer, split, matrix, split)
         pictures.savefig(path.with_suffix(".png"), dpi=120)
         confusion.savefig(path.with_name(f"{command}_confusion.png"), dpi=120)
-        print(f"{checkpoint.path} on {data.title}, {result[f'{split}/n']:,} pictures:")
+        after = f", epoch {checkpoint.epoch}," if checkpoint.epoch is not None else ""
+        print(f"{checkpoint.path}{after} on {data.title}, {result[f'{split}/n']:,} pictures:")
         for name in ("acc", "top5", "loss"):
             print(f"  {split}/{name:5} {result[f'{split}/{name}']:.4f}")
         if data.remark:

@@ -74,7 +74,7 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer methods that are commands, with those of their arguments that are not flags."""
+        """The Trainer methods that are commands, each with its arguments that are not flags."""
         skip = {"model", "dataloaders", "datamodule", "weights_only", "verbose"}
         return {
             "fit": {*skip, "train_dataloaders", "val_dataloaders"},
@@ -113,7 +113,7 @@ class CLI(LightningCLI):
             config.seed_everything = True  # a random seed, but one that is written down
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: parse_arguments has compared the hyperparameters, here they would win silently."""
+        """Nothing: parse_arguments compares the hyperparameters; here they would silently win."""
 
     @staticmethod
     def _logs(config) -> Path:
@@ -141,6 +141,9 @@ class CLI(LightningCLI):
                 callbacks.StopWhenDiverged(),
                 callbacks.Progress(bar),
             ]
+            plugins = self._get(self.config_init, "trainer").plugins or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            kwargs["plugins"] = [*plugins, runs.DurableCheckpointIO()]
             if not self.config_init.fit.trainer.fast_dev_run:
                 best = ModelCheckpoint(
                     monitor="val/acc", mode="max", filename="best", enable_version_counter=False
@@ -192,7 +195,7 @@ class CLI(LightningCLI):
 
     def _evaluate(self, evaluate, ckpt_path=None, **kwargs) -> None:
         path = self.checkpoint.path
-        if self.checkpoint.weights:
+        if self.checkpoint.bare:
             self._load_weights(self.checkpoint)
             path = None
         evaluate(ckpt_path=path, weights_only=True, verbose=False, **kwargs)

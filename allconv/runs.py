@@ -5,6 +5,7 @@ A run is `lightning_logs/version_N/`: config.yaml, metrics.csv, TensorBoard even
 """
 
 import csv
+import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from allconv.model import width_of
@@ -23,6 +25,35 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another net."""
 
 
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one, flushes it to the disk and renames it over the old.
+
+    Whatever happens meanwhile, a whole checkpoint is there. Lightning's own writing does not
+    flush, and renames only where the temporary folder is on the same file system.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            CheckpointError: it cannot be written; the old file is as it was.
+        """
+        path = Path(path)
+        beside = path.with_name(path.name + ".writing")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer makes disk errors RuntimeErrors
+            beside.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path}: cannot be written ({error}); the one before is kept"
+            ) from None
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint file that was read and found whole.
@@ -30,14 +61,16 @@ class Checkpoint:
     Attributes:
         path: the file.
         hparams: arguments of the task it was made with; of a bare state dict, the width only.
-        weights: the net's state dict, if the file is a bare one as the notebook saved it.
+        weights: the net's state dict.
+        bare: whether the file is no more than that, as the notebook saved it.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
     """
 
     path: Path
     hparams: dict[str, object]
-    weights: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor]
+    bare: bool = False
     epoch: int | None = None
     step: int = 0
 
@@ -112,9 +145,16 @@ def load(path: Path) -> Checkpoint:
     if isinstance(content, dict) and "net.conv1.0.weight" in content.get("state_dict", ()):
         hparams = content["hyper_parameters"]
         hparams = {key: value for key, value in hparams.items() if not key.startswith("_")}
-        return Checkpoint(path, hparams, epoch=content["epoch"], step=content["global_step"])
+        # saved within its last epoch, except before the first step
+        epochs = content["epoch"] + (content["global_step"] > 0)
+        weights = {
+            key.removeprefix("net."): value
+            for key, value in content["state_dict"].items()
+            if key.startswith("net.")
+        }
+        return Checkpoint(path, hparams, weights, epoch=epochs, step=content["global_step"])
     if isinstance(content, dict) and "conv1.0.weight" in content:
-        return Checkpoint(path, {"width": width_of(content)}, weights=content)
+        return Checkpoint(path, {"width": width_of(content)}, content, bare=True)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
 
 
