@@ -16,6 +16,7 @@ import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 from torch import Tensor
 
 from allconv import figures
@@ -26,12 +27,12 @@ class NetSummary(ModelSummary):
     """Output shape, parameters and FLOPs of each layer, without the rows of the metrics."""
 
     @staticmethod
-    def summarize(summary_data, *args, **kwargs) -> None:
-        """Print the table of the net's own rows."""
+    def summarize(summary_data, *totals, total_flops: int, **_) -> None:
+        """Print the table of the net's own rows, on the output like everything else."""
         names = dict(summary_data)["Name"]
         net = [i for i, name in enumerate(names) if name.split(".")[0] == "net"]
         rows = [(column, [cells[i] for i in net]) for column, cells in summary_data]
-        ModelSummary.summarize(rows, *args, **kwargs)
+        print(_format_summary_table(*totals, total_flops, *rows), flush=True)
 
 
 class EpochSeed(Callback):

@@ -1,5 +1,6 @@
 """The one place where the parts meet: LightningCLI for fit, validate and test."""
 
+import argparse
 import difflib
 import json
 import logging
@@ -8,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,12 +24,15 @@ USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, with errors of one line that name the nearest right key."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
+
     def error(self, message: str, ex: Exception | None = None):
         """Print one line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         line = " ".join(message.split())
         keys = {key for a in parser._actions for key in (a.dest, *a.option_strings)}
-        unknown = "nrecognized" in line or "not expected" in line
+        unknown = any(word in line for word in ("nrecognized", "not expected", "not accept"))
         for word in unknown * re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line):
             word = word.strip("\"'")
             if word in keys:
@@ -37,6 +42,19 @@ class Parser(LightningArgumentParser):
                 line += f"; did you mean {near[0]}?"
                 break
         fail(2, line)
+
+
+def check_configs(args: list[str]) -> None:
+    """Refuse a --config that is no YAML mapping; the parser would not say which file it was."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("-c", "--config", action="append", default=[])
+    for name in finder.parse_known_args(args)[0].config:
+        try:
+            content = yaml.safe_load(Path(name).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            fail(2, f"--config {name}: not a YAML file that can be read ({error})")
+        if not isinstance(content, dict):
+            fail(2, f"--config {name}: expected keys and values, found {type(content).__name__}")
 
 
 def fail(code: int, message: object):
@@ -90,12 +108,17 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Parse once to learn the checkpoint, and again with its run's configuration beneath."""
+        check_configs(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
         command = self.config.subcommand
         config = self.config[command]
         name = config.ckpt_path or (None if command == "fit" else "best")
         if name:
             self.checkpoint = runs.load(runs.find_checkpoint(str(name), self._logs(config)))
+            if self.checkpoint.bare and command == "fit":
+                raise runs.CheckpointError(
+                    f"{self.checkpoint.path}: weights alone cannot be resumed; use --init"
+                )
             hparams = self.checkpoint.hparams
             lowest = self._subcommand_parsers[command]
             lowest.set_defaults({f"model.{key}": value for key, value in hparams.items()})
@@ -161,6 +184,9 @@ class CLI(LightningCLI):
         config.ckpt_path = None  # of this call, not of the run: config.yaml is the lowest layer
         if config.init:
             self._load_weights(runs.load(runs.find_checkpoint(config.init, self._logs(config))))
+        done, epochs = self.checkpoint and self.checkpoint.epoch, self.trainer.max_epochs
+        if done and 0 <= epochs <= done:
+            fail(2, f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
         if self.trainer.fast_dev_run:
             return
         run = Path(runs.LOGS, "version_0")
@@ -216,10 +242,10 @@ def _quieten() -> None:
     """Leave out what Lightning says and Progress says better, and warnings that are no news."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     for message in (
         "Experiment logs directory .* exists",  # the run's folder; runs.loggers keeps its rows
         "Checkpoint directory .* exists",  # of a run that goes on
+        "The dirpath has changed",  # evaluating from where the run was not started
         ".*LeafSpec",  # between Lightning and torch
         "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
         ".*smaller than the logging interval",  # one row an epoch, whatever the interval

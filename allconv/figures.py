@@ -6,6 +6,7 @@ Blue and vermilion are Okabe and Ito's (https://jfly.uni-koeln.de/color/): told 
 import math
 
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def predictions(
             continue
         right = labels[i] == predicted[i]
         color, mark = (BLUE, "✓") if right else (VERMILION, "✗")
-        axes.imshow(images[i].permute(1, 2, 0).cpu(), interpolation="nearest")
+        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_title(
             f"{mark} {readable(names[predicted[i]])} {100 * probabilities[i]:.0f} %\n"
             f"truth: {readable(names[labels[i]])}",
@@ -95,7 +96,9 @@ def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[st
     shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="cividis", interpolation="nearest", vmin=0, vmax=100)
+    # the square root shows the few per cent off the diagonal, which are what one looks for
+    norm = PowerNorm(0.5, vmin=0, vmax=100)
+    picture = axes.imshow(shares.numpy(), cmap="cividis", interpolation="nearest", norm=norm)
     sizes = torch.tensor([len(members) for members in groups.values()])
     ends = sizes.cumsum(0)
     centres = (ends - sizes / 2 - 0.5).tolist()

@@ -102,7 +102,8 @@ class Classifier(LightningModule):
             dirac_(self.net)
         num_classes = self.net.conv9[0].out_channels
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
-        # nan_strategy: a loss that is not a number has to show as one
+        # "disable": a loss that is not a number has to show as one. torchmetrics 1.9 then takes
+        # every weight for 1, so the losses go in picture by picture
         self.train_loss = MeanMetric(nan_strategy="disable")
         top = {"num_classes": num_classes, "average": "micro", "validate_args": False}
         self.split_figures = nn.ModuleDict(
@@ -174,16 +175,17 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of normalized pictures (B, 3, H, W) and labels (B,)."""
         images, labels = batch
-        loss = cross_entropy(self(images), labels, label_smoothing=self.hparams.label_smoothing)
-        self.train_loss.update(loss.detach(), len(labels))
+        smoothing = self.hparams.label_smoothing
+        losses = cross_entropy(self(images), labels, label_smoothing=smoothing, reduction="none")
+        self.train_loss.update(losses.detach())
         self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        return loss
+        return losses.mean()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Count a batch in; the logits (B, num_classes) go to the callbacks."""
         images, labels = batch
         logits = self(images).float()
-        self.split_figures["loss"].update(cross_entropy(logits, labels), len(labels))
+        self.split_figures["loss"].update(cross_entropy(logits, labels, reduction="none"))
         self.split_figures["acc"].update(logits, labels)
         self.split_figures["top5"].update(logits, labels)
         self.split_figures["n"].update(len(labels))

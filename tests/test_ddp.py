@@ -1,0 +1,49 @@
+"""Two processes on a CPU, through the real command, against one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import process
+
+TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
+
+
+def finish(*args):
+    running = process(*args)
+    said, _ = running.communicate(timeout=180)
+    assert running.returncode == 0, said
+    return said
+
+
+def test_two_processes_count_each_picture_once(own_folder):
+    fit = "fit --data.demo true --model.width 4 --trainer.max_epochs 2 --data.val_size 300".split()
+    finish(*fit, "--trainer.limit_train_batches", "5", *TWO)
+    assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"]
+    # an odd number of pictures, so that the processes hold unequal counts
+    path = Path("data/cifar-100-demo/test.bin")
+    path.write_bytes(path.read_bytes()[: 3074 * 501])
+    found = {}
+    one = "--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto".split()
+    for name, how in (("two", TWO), ("one", one)):
+        finish("test", *how)
+        found[name] = json.loads(Path("lightning_logs/version_0/test.json").read_text())
+    for key in ("test/acc", "test/top5", "test/n"):
+        assert found["one"][key] == found["two"][key]
+    assert found["two"]["test/n"] == 501
+    assert found["one"]["test/loss"] == pytest.approx(found["two"]["test/loss"], abs=1e-6)
+
+
+def test_resume_of_two_processes_is_exact(own_folder):
+    fit = "fit --data.demo true --model.width 4 --trainer.limit_train_batches 6".split()
+    settings = [*fit, "--model.milestones", "[1]", "--model.dropout", "0.2", *TWO]
+    finish(*settings, "--trainer.max_epochs", "3")
+    finish(*settings, "--trainer.max_epochs", "2")
+    finish("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    whole, resumed = (
+        torch.load(f"lightning_logs/version_{n}/checkpoints/last.ckpt", weights_only=True)
+        for n in (0, 1)
+    )
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
