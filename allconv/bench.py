@@ -1,7 +1,7 @@
 """`python -m allconv bench`: how near the training is to the limit of this machine.
 
-Contenders take turns in one process; the figures are medians over the rounds and the ratios are
-medians of each round's ratio, since a busy machine's speed changes by the minute.
+Contenders take turns in one process; a figure is the median over the rounds, and a ratio is the
+median of each round's ratio, since a busy machine's speed changes by the minute.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 
 import lightning
 import torch
@@ -41,32 +41,28 @@ from allconv.task import Classifier
 
 # The net as the recipes train it: without the notebook's dropout and ReLU on the logits.
 RECIPE = {"dropout": 0.0, "rectify_logits": False, "nesterov": True, "decay_norms": False}
-FIT = {**{f"model.{key}": value for key, value in RECIPE.items()}, "data.crop": 4, "data.flip": True}
-STEPS, EVAL_STEPS = 6, 4  # batches in a round of `fit`
 
-# Every figure: its unit (that it is printed in, and how many of its own make one) and meaning.
 FIGURES = {
-    "fraction_of_matmul": ("", 1, "training step's FLOP/s / matrix product's"),
-    "step_vs_notebook": ("x", 1, "training step's pictures/s / the notebook's way"),
-    "fit_vs_step": ("", 1, "`fit` with data, augmentation, metrics / the bare step"),
-    "pipeline_vs_torchvision": ("x", 1, "input pipeline / torchvision's better one"),
-    "step_pictures_s": ("pictures/s", 1, "training step: forward, loss, backward, SGD"),
-    "step_flop_s": ("GFLOP/s", 1e9, "the same"),
-    "matmul_flop_s": ("GFLOP/s", 1e9, "matrix product 2048 x 2048 x 2048"),
-    "notebook_pictures_s": ("pictures/s", 1, "step of AllCNN's defaults, NCHW, batch 64"),
-    "fit_pictures_s": ("pictures/s", 1, "training part of `fit`"),
-    "bare_pictures_s": ("pictures/s", 1, "bare step on the batches of `fit`, in turns with it"),
-    "eval_pictures_s": ("pictures/s", 1, "validation in `fit`"),
-    "epoch_end_s": ("s", 1, "`fit` between two epochs: checkpoints, curves, logs"),
-    "pipeline_pictures_s": ("pictures/s", 1, "our loader, normalized"),
-    "torchvision_0_pictures_s": ("pictures/s", 1, "torchvision, no workers"),
-    "torchvision_2_pictures_s": ("pictures/s", 1, "torchvision, 2 workers"),
-    "help_s": ("s", 1, "python -m allconv --help"),
-    "imports_s": ("s", 1, "command to the end of the imports"),
-    "data_s": ("s", 1, "reading, sorting and splitting the pictures"),
-    "setup_s": ("s", 1, "all else before the first training step"),
-    "first_step_after_imports_s": ("s", 1, "data and set-up"),
-    "peak_rss_gib": ("GiB", 1, "resident memory of `fit` at its peak"),
+    "fraction_of_matmul": "training step's FLOP/s / matrix product's",
+    "step_vs_notebook": "training step's pictures/s / the notebook's way",
+    "fit_vs_step": "fit with data, augmentation, metrics, logs / bare step",
+    "pipeline_vs_torchvision": "input pipeline / the better of torchvision's",
+    "step_pictures_s": "training step: forward, loss, backward, SGD",
+    "step_gflop_s": "the same in GFLOP/s",
+    "matmul_gflop_s": "product of two 2048 x 2048 matrices",
+    "notebook_pictures_s": "step of AllCNN's defaults, NCHW, batch 64, plain SGD",
+    "fit_pictures_s": "training part of fit",
+    "bare_pictures_s": "bare step on fit's batches, in turns with it",
+    "eval_pictures_s": "validation in fit",
+    "pipeline_pictures_s": "our loader, normalized",
+    "torchvision_0_pictures_s": "torchvision, ToTensor, Normalize, no workers",
+    "torchvision_2_pictures_s": "the same with 2 workers",
+    "help_s": "python -m allconv --help",
+    "imports_s": "from the command to the end of the imports",
+    "data_s": "reading, sorting and splitting the pictures",
+    "setup_s": "all else before the first training step",
+    "first_step_after_imports_s": "data and set-up",
+    "peak_rss_gib": "resident memory of fit at its peak",
 }
 
 
@@ -77,9 +73,9 @@ def bench(
     repeats: int = 7,
     demo: bool = False,
 ) -> dict[str, object]:
-    """Measure training, evaluation, input pipeline, memory and start-up on this machine.
+    """Measure training, evaluation, input, memory and start-up; let nothing else run meanwhile.
 
-    Takes about five minutes on two CPU cores. Nothing else should run meanwhile.
+    Takes about four minutes on two CPU cores.
 
     Args:
         data_dir: folder with the data set, as in fit.
@@ -89,78 +85,73 @@ def bench(
         demo: use the small drawn data set instead.
 
     Returns:
-        The median of each of FIGURES, their `spread` (lowest and highest), and what was measured.
+        The median of each of FIGURES, `spread` (lowest and highest), and what was measured.
 
     Raises:
         ValueError: an argument is out of its range.
     """
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: it must be at least 1")
+    data = CIFAR100(os.path.abspath(data_dir), batch_size, demo=demo)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    mixed = device.type == "cuda"  # as in configs/gpu.yaml: bf16 and compiled
-    flags = FIT | {
-        "model.width": width, "data.batch_size": batch_size, "data.demo": demo,
-        "data.data_dir": os.path.abspath(data_dir), "model.compile": mixed,
-        "trainer.precision": "bf16-mixed" if mixed else "32-true", "trainer.max_epochs": 1,
-        "trainer.limit_train_batches": STEPS, "trainer.limit_val_batches": EVAL_STEPS,
-        "trainer.devices": 1,
-    }  # fmt: skip
-    data = CIFAR100(data_dir, batch_size, demo=demo)
+    gpu = device.type == "cuda"  # as configs/gpu.yaml has it
+    flags = {
+        **{f"model.{key}": value for key, value in {**RECIPE, "width": width}.items()},
+        **{f"data.{key}": data.hparams[key] for key in ("data_dir", "batch_size", "demo")},
+        **{"data.crop": 4, "data.flip": True, "model.compile": gpu, "trainer.devices": 1},
+        **{"trainer.limit_train_batches": 6, "trainer.limit_val_batches": 4},
+        **({"trainer.precision": "bf16-mixed"} if gpu else {}),
+    }
     data.prepare_data()
-    data.setup("fit")
     samples: dict[str, list[float]] = defaultdict(list)
-    # the children first: the peak that Linux tells of a child begins with its parent's size
+    # first: Linux counts the size of the process that starts a child into the child's peak
     _starts(samples, flags, min(repeats, 3))
     _steps(samples, width, batch_size, repeats, device)
     _fits(samples, flags, repeats, device)
     _pipelines(samples, data, repeats, device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else [f":{platform.machine()}"]
+    name = next((line for line in lines if line.startswith("model name")), lines[0])
     return {
-        **{name: statistics.median(samples[name]) for name in FIGURES},
+        **{name: median(samples[name]) for name in FIGURES},
         "spread": {name: [min(samples[name]), max(samples[name])] for name in FIGURES},
         "rounds": {name: len(samples[name]) for name in FIGURES},
-        "width": width,
-        "batch_size": batch_size,
-        "data": data.title,
-        "dtype": "bfloat16 mixed" if mixed else "float32",
-        "device": torch.cuda.get_device_name() if mixed else _processor(),
+        **{"width": width, "batch_size": batch_size, "data": data.title},
+        "device": torch.cuda.get_device_name() if gpu else name.split(":")[1].strip(),
+        "dtype": "bfloat16" if gpu else "float32",
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (torch, torchvision, lightning)},
+            **{module.__name__: module.__version__ for module in (torch, torchvision, lightning)},
         },
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _rounds(repeats: int, what: str):
-    """Number the rounds, and say on the error stream where it stands."""
+    """Number the rounds, and say on the error stream which it is."""
     for i in range(repeats):
-        print(f"\r{what}: round {i + 1} of {repeats} ", end="", file=sys.stderr, flush=True)
+        print(f"{what}: round {i + 1} of {repeats}", file=sys.stderr, flush=True)
         yield i
-    print(file=sys.stderr)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _seconds(run, device: torch.device) -> float:
-    start = time.perf_counter()
+    start = _now(device)
     run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    return _now(device) - start
 
 
 def _stepper(net: nn.Module, optimizer: torch.optim.Optimizer):
-    """A function that takes a training step, of pictures (B, 3, 32, 32) and labels (B,)."""
+    """A function that trains with pictures (B, 3, 32, 32), normalized, and labels (B,)."""
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, images.is_cuda):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             loss = cross_entropy(net(images), labels)
         loss.backward()
         optimizer.step()
@@ -169,34 +160,31 @@ def _stepper(net: nn.Module, optimizer: torch.optim.Optimizer):
     return step
 
 
-def _recipe_optimizer(task: Classifier) -> torch.optim.Optimizer:
-    return torch.optim.SGD(task._parameter_groups(), 0.01, 0.9, nesterov=True, fused=True)
+def _bare(task: Classifier):
+    """The step of the task's net, and nothing around it."""
+    groups = task._parameter_groups()
+    return _stepper(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True))
 
 
 def _steps(samples, width: int, batch_size: int, repeats: int, device: torch.device) -> None:
-    """Matrix product, training step, and the step in the notebook's way.
-
-    All on normalized pictures that are on the device: the loader's work is not in it.
-    """
+    """Matrix product, training step and the notebook's, of pictures that are on the device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(100, (batch_size,), device=device)
+    batch = images.to(memory_format=torch.channels_last), torch.arange(batch_size).to(device) % 100
+    small = torch.randn(64, 3, 32, 32, device=device), torch.arange(64, device=device)
     task = Classifier(width=width, **RECIPE).to(device)
-    step = _stepper(task.net, _recipe_optimizer(task))
-    last = images.to(memory_format=torch.channels_last)
+    ours = _bare(task)
     with FlopCounterMode(display=False) as counter:
-        step(last, labels)
-    flop = counter.get_total_flops()
+        ours(*batch)
     if device.type == "cuda":
         task.net.compile()
     net = AllCNN(width).to(device)
     notebook = _stepper(net, torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5))
-    small, few = torch.randn(64, 3, 32, 32, device=device), labels[:1].expand(64)
-    contenders = {
+    contenders = {  # each how often in a round
         "matmul": (8, lambda: a @ b),
-        "step": (3, lambda: step(last, labels)),
-        "notebook": (-(-3 * batch_size // 64), lambda: notebook(small, few)),
+        "step": (3, lambda: ours(*batch)),
+        "notebook": (-(-3 * batch_size // 64), lambda: notebook(*small)),
     }
     for _, run in contenders.values():
         run()
@@ -205,37 +193,32 @@ def _steps(samples, width: int, batch_size: int, repeats: int, device: torch.dev
         for name in sorted(contenders, reverse=i % 2 == 1):
             n, run = contenders[name]
             took[name] = _seconds(lambda n=n, run=run: [run() for _ in range(n)], device) / n
-        samples["matmul_flop_s"].append(2 * 2048**3 / took["matmul"])
-        samples["step_flop_s"].append(flop / took["step"])
-        samples["step_pictures_s"].append(batch_size / took["step"])
-        samples["notebook_pictures_s"].append(64 / took["notebook"])
-        for ratio, x, y in (
-            ("fraction_of_matmul", "step_flop_s", "matmul_flop_s"),
-            ("step_vs_notebook", "step_pictures_s", "notebook_pictures_s"),
-        ):
-            samples[ratio].append(samples[x][-1] / samples[y][-1])
+        matmul = 2 * 2048**3 / took["matmul"]
+        flops = counter.get_total_flops() / took["step"]
+        rates = batch_size / took["step"], 64 / took["notebook"]
+        samples["matmul_gflop_s"].append(matmul / 1e9)
+        samples["step_gflop_s"].append(flops / 1e9)
+        samples["fraction_of_matmul"].append(flops / matmul)
+        samples["step_pictures_s"].append(rates[0])
+        samples["notebook_pictures_s"].append(rates[1])
+        samples["step_vs_notebook"].append(rates[0] / rates[1])
 
 
 class Bench(cli.CLI):
-    """The command line's own fit, with one more callback, and its data timed.
-
-    Args:
-        args: as for `python -m allconv`.
-        callback: comes before all others.
-    """
+    """The command line's own fit with one callback more; its `data_s` is what reading took."""
 
     def __init__(self, args: list[str], callback: Callback):
         self.callback = callback
         super().__init__(args)
 
     def instantiate_trainer(self, **kwargs):
-        """Add the callback."""
+        """Put the callback before all others."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, self.callback)
         return trainer
 
     def before_fit(self) -> None:
-        """Read the data at once; it is not read twice."""
+        """Read the data here; it is not read twice."""
         start = time.time()
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
@@ -243,114 +226,86 @@ class Bench(cli.CLI):
         super().before_fit()
 
 
-class FirstStep(Callback):
-    """Notes when the first training step begins."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        """Only the first counts."""
-        self.__dict__.setdefault("time", time.time())
+def _fit(flags: dict[str, object], callback: Callback) -> Bench:
+    """Fit in a folder that is thrown away, saying nothing."""
+    cli._quieten()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = [f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in flags.items()]
+        return Bench(["fit", *args, f"--trainer.default_root_dir={folder}"], callback)
 
 
 class Laps(Callback):
-    """Times the parts of each epoch, and takes bare steps with a copy of the net in turns with it.
+    """Times the parts of an epoch, and a copy of the net on the same batches in turns with it."""
 
-    The first epoch warms up and does not count.
-    """
-
-    def __init__(self, samples, device: torch.device, rounds):
-        self.samples, self.device, self.rounds = samples, device, rounds
-        self.batches, self.step = [], None
-
-    def _now(self) -> float:
-        return time.perf_counter() + 0 * _seconds(lambda: None, self.device)
+    def __init__(self, samples, rounds, device: torch.device):
+        self.samples, self.rounds, self.device = samples, rounds, device
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        """What came after the last validation has ended; the training part begins."""
-        now = self._now()
-        if self.step is None:
+        """The training part begins."""
+        if trainer.current_epoch == 0:
             bare = copy.deepcopy(pl_module)
             bare.configure_model()
-            self.step = _stepper(bare.net, _recipe_optimizer(bare))
-        else:
-            self.samples["epoch_end_s"].append(now - self.validated - self.bare)
+            self.step = _bare(bare)
         next(self.rounds)
-        self.batches.clear()
-        self.start = self._now()
+        self.batches, self.start = [], _now(self.device)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        """Keep the normalized batch for the bare step."""
+        """Keep the batch, augmented and normalized, for the bare step."""
         self.batches.append(batch)
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        """The training part has ended; the validation begins."""
-        self.middle = self._now()
+        """The training part has ended."""
+        self.middle = _now(self.device)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         """The validation has ended."""
-        self.validated = self._now()
-        self.evaluated = pl_module.split_figures["n"].compute().item()
+        self.end = _now(self.device)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        """The same batches by the bare step."""
-        self.bare = _seconds(lambda: [self.step(*batch) for batch in self.batches], self.device)
-        if trainer.current_epoch == 0:
-            return
-        fit, pictures = self.middle - self.start, sum(len(labels) for _, labels in self.batches)
-        self.samples["fit_pictures_s"].append(pictures / fit)
-        self.samples["bare_pictures_s"].append(pictures / self.bare)
-        self.samples["fit_vs_step"].append(self.bare / fit)
-        self.samples["eval_pictures_s"].append(self.evaluated / (self.validated - self.middle))
+        """The bare steps; the first epoch warms up and does not count."""
+        bare = _seconds(lambda: [self.step(*batch) for batch in self.batches], self.device)
+        if trainer.current_epoch:
+            n, fit = sum(len(labels) for _, labels in self.batches), self.middle - self.start
+            evaluated = trainer.callback_metrics["val/n"].item()
+            self.samples["fit_pictures_s"].append(n / fit)
+            self.samples["bare_pictures_s"].append(n / bare)
+            self.samples["fit_vs_step"].append(bare / fit)
+            self.samples["eval_pictures_s"].append(evaluated / (self.end - self.middle))
 
 
 def _fits(samples, flags: dict[str, object], repeats: int, device: torch.device) -> None:
-    """Epochs of a real fit in turns with bare steps on their batches."""
     rounds = itertools.chain([0], _rounds(repeats, "fit"))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        extra = {"trainer.max_epochs": repeats + 1, "trainer.default_root_dir": folder}
-        Bench(_command(flags | extra), Laps(samples, device, rounds))
+    _fit({**flags, "trainer.max_epochs": repeats + 1}, Laps(samples, rounds, device))
 
 
-def _command(flags: dict[str, object]) -> list[str]:
-    return ["fit", *(f"--{key}={json.dumps(v).strip(chr(34))}" for key, v in flags.items())]
+def child(imported: float, flags: dict[str, object]) -> None:
+    """Fit, and print when the imports had ended, how long reading took, when the first step began.
 
-
-CHILD = """import sys, time
-from allconv import cli
-done = time.time()
-from allconv import bench
-bench.child(done, sys.argv[1:])
-"""
-
-
-def child(imported: float, args: list[str]) -> None:
-    """Run the command of `args` and print when it came how far, and its greatest size.
-
-    Args:
-        imported: when the imports had ended.
-        args: as for `python -m allconv`.
+    And the greatest size of this process in GiB.
     """
-    first = FirstStep()
-    with contextlib.redirect_stdout(io.StringIO()):
-        data_s = Bench(args, first).data_s
+    first, times = Callback(), []
+    first.on_train_batch_start = lambda *_: times.append(time.time())
+    fit = _fit(flags, first)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 2**30 if sys.platform == "darwin" else 2**20  # Linux counts in KiB
-    print(json.dumps([imported, data_s, first.time, peak / unit]))
+    print(json.dumps([imported, fit.data_s, times[0], peak / unit]))
 
 
 def _starts(samples, flags: dict[str, object], repeats: int) -> None:
-    """New processes: the help, and a fit of few steps with validation, end of epoch and all."""
+    """The help, and a fit of few steps with validation and end of epoch, in new processes."""
+    code = (
+        "import json, sys, time; from allconv import cli; imported = time.time()\n"
+        "from allconv import bench; bench.child(imported, json.loads(sys.argv[1]))"
+    )
+    given = json.dumps({**flags, "trainer.max_epochs": 1})
+    options = {"check": True, "stdout": subprocess.PIPE, "text": True}
     for _ in _rounds(repeats, "start"):
-        help_only = [sys.executable, "-m", "allconv", "--help"]
+        begin = time.time()
+        subprocess.run([sys.executable, "-m", "allconv", "--help"], **options)
         start = time.time()
-        subprocess.run(help_only, check=True, stdout=subprocess.DEVNULL)
-        samples["help_s"].append(time.time() - start)
-        with tempfile.TemporaryDirectory() as folder:
-            args = _command(flags | {"trainer.default_root_dir": folder})
-            start = time.time()
-            out = subprocess.run(
-                [sys.executable, "-c", CHILD, *args], check=True, stdout=subprocess.PIPE, text=True
-            ).stdout
+        out = subprocess.run([sys.executable, "-c", code, given], **options).stdout
         imported, data_s, first, peak = json.loads(out.splitlines()[-1])
+        samples["help_s"].append(start - begin)
         samples["imports_s"].append(imported - start)
         samples["data_s"].append(data_s)
         samples["setup_s"].append(first - imported - data_s)
@@ -359,13 +314,14 @@ def _starts(samples, flags: dict[str, object], repeats: int) -> None:
 
 
 class OneByOne(Dataset):
-    """Picture by picture, as torchvision.datasets.CIFAR100 with ToTensor and Normalize does it."""
+    """What torchvision.datasets.CIFAR100 does for a picture, with ToTensor and Normalize."""
 
     transform = Compose([ToTensor(), Normalize(MEAN, STD)])
 
     def __init__(self, pictures: Pictures):
-        self.data = pictures.images.permute(0, 2, 3, 1).numpy()  # (N, 32, 32, 3)
-        self.targets = pictures.labels.tolist()
+        # a share is enough: it is some fifty times slower
+        self.data = pictures.images[::10].permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
+        self.targets = pictures.labels[::10].tolist()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -376,66 +332,53 @@ class OneByOne(Dataset):
 
 
 def _pipelines(samples, data: CIFAR100, repeats: int, device: torch.device) -> None:
-    """Shuffled, normalized batches on the device, by our loader and by torchvision's way."""
-    ours = data.train_dataloader()
-    single = OneByOne(data.sets["train"])
-    # a share is enough: it is some hundred times slower
-    share = torch.utils.data.Subset(single, range(min(4000, len(single))))
-    theirs = [
-        DataLoader(share, ours.batch_size, True, num_workers=n, persistent_workers=n > 0)
-        for n in (0, 2)
-    ]
+    """Shuffled, normalized batches on the device."""
+    data.setup("fit")
+    single, size = OneByOne(data.sets["train"]), data.hparams.batch_size
+    loaders = {
+        "pipeline_pictures_s": data.train_dataloader(),
+        "torchvision_0_pictures_s": DataLoader(single, size, True),
+        "torchvision_2_pictures_s": DataLoader(
+            single, size, True, num_workers=2, persistent_workers=True
+        ),
+    }
 
-    def run(loader: DataLoader) -> None:
-        for images, _ in loader:
+    def run(name: str) -> None:
+        for images, _ in loaders[name]:
             images = images.to(device)
-            if loader is ours:
+            if name == "pipeline_pictures_s":
                 normalize(images)
 
-    for loader in (ours, *theirs):  # starts the workers, which the figure leaves out
-        run(loader)
-    for _ in _rounds(repeats, "input pipeline"):
-        rates = [len(x.dataset) / _seconds(lambda x=x: run(x), device) for x in (ours, *theirs)]
-        names = ("pipeline_pictures_s", "torchvision_0_pictures_s", "torchvision_2_pictures_s")
-        for name, rate in zip(names, rates, strict=True):
-            samples[name].append(rate)
-        samples["pipeline_vs_torchvision"].append(rates[0] / max(rates[1:]))
-
-
-def table(result: dict[str, object]) -> Table:
-    """The figures as a table."""
-    title = "AllCNN, width {width}, batch {batch_size}, {dtype}, {device}, {threads} threads"
-    made = Table(title=title.format(**result), title_justify="left")
-    for name, justify in (("figure", "left"), ("median", "right"), ("spread", "right")):
-        made.add_column(name, justify=justify, no_wrap=True)
-    made.add_column("meaning")
-    for name, (unit, size, meaning) in FIGURES.items():
-        values = [x / size for x in (result[name], *result["spread"][name])]
-        cells = [f"{x:,.{0 if x >= 1000 else 3 if x < 10 else 1}f}" for x in values]
-        made.add_row(name, f"{cells[0]} {unit}".strip(), f"{cells[1]} - {cells[2]}", meaning)
-    return made
+    for name in loaders:  # the workers start here
+        run(name)
+    for _ in _rounds(repeats, "input"):
+        for name, loader in loaders.items():
+            took = _seconds(lambda name=name: run(name), device)
+            samples[name].append(len(loader.dataset) / took)
+        ours, *others = (samples[name][-1] for name in loaders)
+        samples["pipeline_vs_torchvision"].append(ours / max(others))
 
 
 def main(args: list[str]) -> None:
-    """Run the command: a table, or with `--json` the figures, into a file or onto the output."""
+    """Run the command: prints a table, or with `--json` the figures, or writes them to a file."""
     parser = cli.Parser(prog="allconv bench", description=bench.__doc__.splitlines()[0])
     parser.add_function_arguments(bench)
-    parser.add_argument(
-        "--json", nargs="?", const="-", help="Write JSON to this file; without one, print it."
-    )
+    parser.add_argument("--json", nargs="?", const="-", help="File for the figures; - prints them.")
     given = parser.parse_args(args).as_dict()
     path = given.pop("json")
-    cli._quieten()
     try:
         result = bench(**given)
     except cli.USER_ERRORS as error:
         cli.fail(1, error)
     except ValueError as error:
         cli.fail(2, error)
-    text = json.dumps(result, indent=2)
-    if path == "-":
-        print(text)
-        return
     if path:
-        Path(path).write_text(text + "\n")
-    Console(width=None if sys.stdout.isatty() else 110).print(table(result))
+        text = json.dumps(result, indent=2)
+        print(text) if path == "-" else Path(path).write_text(text + "\n")
+    if path != "-":
+        title = "width {width}, batch {batch_size}, {dtype}, {device}, {threads} threads, {date}"
+        table = Table("figure", "median", "lowest - highest", "", title=title.format(**result))
+        for name, meaning in FIGURES.items():
+            values = [f"{x:,.{2 * (x < 1000)}f}" for x in (result[name], *result["spread"][name])]
+            table.add_row(name, values[0], " - ".join(values[1:]), meaning)
+        Console().print(table)

@@ -23,6 +23,12 @@ from allconv import figures
 from allconv.runs import read_metrics
 
 
+def run_folder(trainer: Trainer) -> Path | None:
+    """The run's folder; unlike trainer.log_dir no collective, so one process may ask alone."""
+    folder = trainer.loggers[0].log_dir if trainer.loggers else None
+    return Path(folder) if folder else None
+
+
 class NetSummary(ModelSummary):
     """Output shape, parameters and FLOPs of each layer, without the rows of the metrics."""
 
@@ -61,7 +67,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state after an epoch."""
-        path = Path(trainer.log_dir, "checkpoints", "last.ckpt")
+        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
 
 
@@ -89,7 +95,7 @@ class StopWhenDiverged(Callback):
             raise DivergedError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
                 f"{trainer.current_epoch + 1}, rate {rate:g}): lower model.lr; the epoch before is "
-                f"kept in {Path(trainer.log_dir or '.', 'checkpoints', 'last.ckpt')}"
+                f"kept in checkpoints/last.ckpt of {run_folder(trainer)}"
             )
 
 
@@ -120,7 +126,7 @@ class Progress(Callback):
             f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
             f"{data.hparams.batch_size}, {trainer.world_size} x {device} ({trainer.precision}), "
             f"seed {os.environ['PL_GLOBAL_SEED']}\n"
-            f"run folder: {trainer.log_dir}",
+            f"run folder: {run_folder(trainer)}",
             flush=True,
         )
 
@@ -155,9 +161,9 @@ class Progress(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how it went, where everything is, and what to type next."""
-        if not trainer.is_global_zero or not trainer.log_dir:
+        run = run_folder(trainer)
+        if not trainer.is_global_zero or not run:
             return
-        run = Path(trainer.log_dir)
         rows = [row for row in read_metrics(run) if "val/acc" in row]
         if rows:
             best = max(rows, key=lambda row: row["val/acc"])
@@ -175,7 +181,7 @@ class Progress(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
         """Say how a stopped run goes on."""
-        last = Path(trainer.log_dir or ".", "checkpoints", "last.ckpt")
+        last = (run_folder(trainer) or Path()) / "checkpoints" / "last.ckpt"
         stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and trainer.is_global_zero and trainer.state.fn == "fit" and last.is_file():
             print(
@@ -196,7 +202,7 @@ class Curves(Callback):
         """Draw what metrics.csv holds, which is the whole run, also when it was resumed."""
         if not trainer.is_global_zero:
             return
-        run = Path(trainer.log_dir)
+        run = run_folder(trainer)
         title = (
             f"AllCNN, width {pl_module.net.conv1[0].out_channels}, on {trainer.datamodule.title}"
         )
@@ -331,7 +337,7 @@ class SaveConfig(SaveConfigCallback):
         settings = {"seed": config["seed_everything"], "max_epochs": trainer.max_epochs}
         for group in ("model", "data"):
             settings |= {f"{group}.{key}": value for key, value in config[group].items()}
-        rows = [row for row in read_metrics(Path(trainer.log_dir)) if "val/acc" in row]
+        rows = [row for row in read_metrics(run_folder(trainer)) if "val/acc" in row]
         best = max(rows, key=lambda row: row["val/acc"])
         final = {"hp/val_acc": best["val/acc"], "hp/val_loss": best["val/loss"]}
         trainer.loggers[0].log_hyperparams(settings, final)

@@ -172,7 +172,7 @@ BAD_USAGE = {
     "--config missing.yaml": "missing.yaml",
     "--config broken.yaml": "broken.yaml",
     "--config binary.yaml": "binary.yaml",
-    "--config unknown.yaml": "did you mean width?",
+    "--config unknown.yaml": "did you mean model.width?",
     "--config list.yaml": "list.yaml",
 }
 

@@ -31,6 +31,11 @@ def curves(run):
     }
 
 
+def lines(run):
+    table = run / "metrics.csv"
+    return table.read_text().splitlines() if table.exists() else []
+
+
 def final(run):
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
@@ -46,12 +51,10 @@ def test_killed_and_resumed_equals_never_stopped(recipe, own_folder, monkeypatch
     monkeypatch.chdir("stopped")
     run = Path("lightning_logs/version_0")
     last = run / "checkpoints/last.ckpt"
-    for args, rows in ((settings, 0), (["fit", "--ckpt_path", "last"], 3)):
+    for args, rows in ((settings, 0), (["fit", "--ckpt_path", "last"], 4)):
         running = process(*args)
-        table = run / "metrics.csv"
-        while running.poll() is None and not (
-            last.exists() and (not rows or len(table.read_text().splitlines()) > rows)
-        ):
+        while not last.exists() or len(lines(run)) < rows:
+            assert running.poll() is None, running.stdout.read()
             time.sleep(0.02)
         running.send_signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL, running.stdout.read()
@@ -69,7 +72,7 @@ def test_killed_and_resumed_equals_never_stopped(recipe, own_folder, monkeypatch
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     running = process(*FIT, "--trainer.max_epochs", "500")
-    while not Path("lightning_logs/version_0/metrics.csv").exists():
+    while not lines(Path("lightning_logs/version_0")):
         assert running.poll() is None, running.stdout.read()
         time.sleep(0.05)
     running.send_signal(number)
@@ -77,12 +80,12 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     assert running.returncode == code, said
     assert "go on with: python -m allconv fit --ckpt_path" in said
     assert "Traceback" not in said
-    assert final(Path("lightning_logs/version_0"))["global_step"] > 0
+    assert "state_dict" in final(Path("lightning_logs/version_0"))
 
 
 def test_longer_is_the_same_run_with_one_flag(run):
     main("fit --ckpt_path last --trainer.max_epochs 4".split())
-    assert len((run / "metrics.csv").read_text().splitlines()) == 5
+    assert len(lines(run)) == 5
     assert "max_epochs: 4" in (run / "config.yaml").read_text()
     assert "ckpt_path: null" in (run / "config.yaml").read_text()
 
