@@ -2,12 +2,14 @@
 
 import difflib
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 COMMANDS = {
     "fit": "train; --ckpt_path last goes on with a stopped run, --init FILE starts from weights",
     "validate": "evaluate on the validation pictures; default: the newest run's best checkpoint",
     "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
+    "bench": "measure training, evaluation, input pipeline and start-up on this machine",
 }
 
 HELP = """usage: python -m allconv COMMAND [options]
@@ -37,9 +39,11 @@ def main(args: list[str] | None = None) -> None:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"allconv: no command {args[0]}; {hint}", file=sys.stderr)
         sys.exit(2)
-    from allconv import cli
-
-    cli.main(args)
+    # a command that needs no Trainer has a module of its own
+    if args[0] in ("fit", "validate", "test"):
+        import_module("allconv.cli").main(args)
+    else:
+        import_module(f"allconv.{args[0]}").main(args[1:])
 
 
 if __name__ == "__main__":
