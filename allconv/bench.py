@@ -39,6 +39,8 @@ from allconv.data import CIFAR100, MEAN, STD, Pictures, normalize
 from allconv.model import AllCNN
 from allconv.task import Classifier
 
+Samples = dict[str, list[float]]  # of each figure, one a round
+
 # The net as the recipes train it: without the notebook's dropout and ReLU on the logits.
 RECIPE = {"dropout": 0.0, "rectify_logits": False, "nesterov": True, "decay_norms": False}
 
@@ -103,7 +105,7 @@ def bench(
         **({"trainer.precision": "bf16-mixed"} if gpu else {}),
     }
     data.prepare_data()
-    samples: dict[str, list[float]] = defaultdict(list)
+    samples: Samples = defaultdict(list)
     # first: Linux counts the size of the process that starts a child into the child's peak
     _starts(samples, flags, min(repeats, 3))
     _steps(samples, width, batch_size, repeats, device)
@@ -135,16 +137,22 @@ def _rounds(repeats: int, what: str):
         yield i
 
 
+def _add(samples: Samples, **figures: float) -> None:
+    for name, value in figures.items():
+        samples[name].append(value)
+
+
 def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-def _seconds(run, device: torch.device) -> float:
+def _seconds(run, device: torch.device, times: int = 1) -> float:
     start = _now(device)
-    run()
-    return _now(device) - start
+    for _ in range(times):
+        run()
+    return (_now(device) - start) / times
 
 
 def _stepper(net: nn.Module, optimizer: torch.optim.Optimizer):
@@ -166,45 +174,44 @@ def _bare(task: Classifier):
     return _stepper(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True))
 
 
-def _steps(samples, width: int, batch_size: int, repeats: int, device: torch.device) -> None:
-    """Matrix product, training step and the notebook's, of pictures that are on the device."""
+def _steps(
+    samples: Samples, width: int, batch_size: int, repeats: int, device: torch.device
+) -> None:
+    """Matrix product, our step and the notebook's, of normalized pictures on the device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     batch = images.to(memory_format=torch.channels_last), torch.arange(batch_size).to(device) % 100
     small = torch.randn(64, 3, 32, 32, device=device), torch.arange(64, device=device)
-    task = Classifier(width=width, **RECIPE).to(device)
+    task, net = Classifier(width=width, **RECIPE).to(device), AllCNN(width).to(device)
     ours = _bare(task)
     with FlopCounterMode(display=False) as counter:
         ours(*batch)
     if device.type == "cuda":
         task.net.compile()
-    net = AllCNN(width).to(device)
     notebook = _stepper(net, torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5))
-    contenders = {  # each how often in a round
-        "matmul": (8, lambda: a @ b),
-        "step": (3, lambda: ours(*batch)),
-        "notebook": (-(-3 * batch_size // 64), lambda: notebook(*small)),
-    }
-    for _, run in contenders.values():
+    contenders = [  # each with how often in a round
+        (lambda: a @ b, 8),
+        (lambda: ours(*batch), 3),
+        (lambda: notebook(*small), -(-3 * batch_size // 64)),
+    ]
+    for run, _ in contenders:
         run()
-    for i in _rounds(repeats, "training step"):
-        took = {}
-        for name in sorted(contenders, reverse=i % 2 == 1):
-            n, run = contenders[name]
-            took[name] = _seconds(lambda n=n, run=run: [run() for _ in range(n)], device) / n
-        matmul = 2 * 2048**3 / took["matmul"]
-        flops = counter.get_total_flops() / took["step"]
-        rates = batch_size / took["step"], 64 / took["notebook"]
-        samples["matmul_gflop_s"].append(matmul / 1e9)
-        samples["step_gflop_s"].append(flops / 1e9)
-        samples["fraction_of_matmul"].append(flops / matmul)
-        samples["step_pictures_s"].append(rates[0])
-        samples["notebook_pictures_s"].append(rates[1])
-        samples["step_vs_notebook"].append(rates[0] / rates[1])
+    for _ in _rounds(repeats, "training step"):
+        matmul, step, theirs = (_seconds(run, device, times) for run, times in contenders)
+        flop, product = counter.get_total_flops(), 2 * 2048**3
+        _add(
+            samples,
+            matmul_gflop_s=product / matmul / 1e9,
+            step_gflop_s=flop / step / 1e9,
+            fraction_of_matmul=flop / step / (product / matmul),
+            step_pictures_s=batch_size / step,
+            notebook_pictures_s=64 / theirs,
+            step_vs_notebook=batch_size / step / (64 / theirs),
+        )
 
 
-class Bench(cli.CLI):
+class _Bench(cli.CLI):
     """The command line's own fit with one callback more; its `data_s` is what reading took."""
 
     def __init__(self, args: list[str], callback: Callback):
@@ -212,36 +219,33 @@ class Bench(cli.CLI):
         super().__init__(args)
 
     def instantiate_trainer(self, **kwargs):
-        """Put the callback before all others."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, self.callback)
         return trainer
 
     def before_fit(self) -> None:
-        """Read the data here; it is not read twice."""
         start = time.time()
         self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
+        self.datamodule.setup("fit")  # it is not read twice
         self.data_s = time.time() - start
         super().before_fit()
 
 
-def _fit(flags: dict[str, object], callback: Callback) -> Bench:
+def _fit(flags: dict[str, object], callback: Callback) -> _Bench:
     """Fit in a folder that is thrown away, saying nothing."""
     cli._quieten()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = [f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in flags.items()]
-        return Bench(["fit", *args, f"--trainer.default_root_dir={folder}"], callback)
+        args = [f"--{key}={value}" for key, value in flags.items()]
+        return _Bench(["fit", *args, f"--trainer.default_root_dir={folder}"], callback)
 
 
-class Laps(Callback):
+class _Laps(Callback):
     """Times the parts of an epoch, and a copy of the net on the same batches in turns with it."""
 
-    def __init__(self, samples, rounds, device: torch.device):
+    def __init__(self, samples: Samples, rounds, device: torch.device):
         self.samples, self.rounds, self.device = samples, rounds, device
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        """The training part begins."""
         if trainer.current_epoch == 0:
             bare = copy.deepcopy(pl_module)
             bare.configure_model()
@@ -250,39 +254,34 @@ class Laps(Callback):
         self.batches, self.start = [], _now(self.device)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        """Keep the batch, augmented and normalized, for the bare step."""
-        self.batches.append(batch)
+        self.batches.append(batch)  # augmented and normalized: that is not in the bare step
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        """The training part has ended."""
         self.middle = _now(self.device)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        """The validation has ended."""
         self.end = _now(self.device)
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        """The bare steps; the first epoch warms up and does not count."""
         bare = _seconds(lambda: [self.step(*batch) for batch in self.batches], self.device)
-        if trainer.current_epoch:
-            n, fit = sum(len(labels) for _, labels in self.batches), self.middle - self.start
-            evaluated = trainer.callback_metrics["val/n"].item()
-            self.samples["fit_pictures_s"].append(n / fit)
-            self.samples["bare_pictures_s"].append(n / bare)
-            self.samples["fit_vs_step"].append(bare / fit)
-            self.samples["eval_pictures_s"].append(evaluated / (self.end - self.middle))
+        fit, n = self.middle - self.start, sum(len(labels) for _, labels in self.batches)
+        if trainer.current_epoch:  # the first warms up
+            _add(
+                self.samples,
+                fit_pictures_s=n / fit,
+                bare_pictures_s=n / bare,
+                fit_vs_step=bare / fit,
+                eval_pictures_s=trainer.callback_metrics["val/n"].item() / (self.end - self.middle),
+            )
 
 
-def _fits(samples, flags: dict[str, object], repeats: int, device: torch.device) -> None:
+def _fits(samples: Samples, flags: dict[str, object], repeats: int, device: torch.device) -> None:
     rounds = itertools.chain([0], _rounds(repeats, "fit"))
-    _fit({**flags, "trainer.max_epochs": repeats + 1}, Laps(samples, rounds, device))
+    _fit({**flags, "trainer.max_epochs": repeats + 1}, _Laps(samples, rounds, device))
 
 
-def child(imported: float, flags: dict[str, object]) -> None:
-    """Fit, and print when the imports had ended, how long reading took, when the first step began.
-
-    And the greatest size of this process in GiB.
-    """
+def _child(imported: float, flags: dict[str, object]) -> None:
+    """Fit, and print when the imports had ended, what reading took, the first step, the peak."""
     first, times = Callback(), []
     first.on_train_batch_start = lambda *_: times.append(time.time())
     fit = _fit(flags, first)
@@ -291,11 +290,11 @@ def child(imported: float, flags: dict[str, object]) -> None:
     print(json.dumps([imported, fit.data_s, times[0], peak / unit]))
 
 
-def _starts(samples, flags: dict[str, object], repeats: int) -> None:
-    """The help, and a fit of few steps with validation and end of epoch, in new processes."""
+def _starts(samples: Samples, flags: dict[str, object], repeats: int) -> None:
+    """In new processes: the help, and a fit of few steps with validation and end of epoch."""
     code = (
         "import json, sys, time; from allconv import cli; imported = time.time()\n"
-        "from allconv import bench; bench.child(imported, json.loads(sys.argv[1]))"
+        "from allconv import bench; bench._child(imported, json.loads(sys.argv[1]))"
     )
     given = json.dumps({**flags, "trainer.max_epochs": 1})
     options = {"check": True, "stdout": subprocess.PIPE, "text": True}
@@ -305,58 +304,64 @@ def _starts(samples, flags: dict[str, object], repeats: int) -> None:
         start = time.time()
         out = subprocess.run([sys.executable, "-c", code, given], **options).stdout
         imported, data_s, first, peak = json.loads(out.splitlines()[-1])
-        samples["help_s"].append(start - begin)
-        samples["imports_s"].append(imported - start)
-        samples["data_s"].append(data_s)
-        samples["setup_s"].append(first - imported - data_s)
-        samples["first_step_after_imports_s"].append(first - imported)
-        samples["peak_rss_gib"].append(peak)
+        _add(
+            samples,
+            help_s=start - begin,
+            imports_s=imported - start,
+            data_s=data_s,
+            setup_s=first - imported - data_s,
+            first_step_after_imports_s=first - imported,
+            peak_rss_gib=peak,
+        )
 
 
-class OneByOne(Dataset):
+class _OneByOne(Dataset):
     """What torchvision.datasets.CIFAR100 does for a picture, with ToTensor and Normalize."""
 
     transform = Compose([ToTensor(), Normalize(MEAN, STD)])
 
     def __init__(self, pictures: Pictures):
-        # a share is enough: it is some fifty times slower
-        self.data = pictures.images[::10].permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, C)
+        some = pictures.images[::10]  # enough, being so much slower
+        self.data = some.permute(0, 2, 3, 1).contiguous().numpy()  # (N, 32, 32, 3)
         self.targets = pictures.labels[::10].tolist()
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        """A picture (3, 32, 32), normalized, and its label."""
         return self.transform(Image.fromarray(self.data[i])), self.targets[i]
 
 
-def _pipelines(samples, data: CIFAR100, repeats: int, device: torch.device) -> None:
+def _pipelines(samples: Samples, data: CIFAR100, repeats: int, device: torch.device) -> None:
     """Shuffled, normalized batches on the device."""
     data.setup("fit")
-    single, size = OneByOne(data.sets["train"]), data.hparams.batch_size
-    loaders = {
-        "pipeline_pictures_s": data.train_dataloader(),
-        "torchvision_0_pictures_s": DataLoader(single, size, True),
-        "torchvision_2_pictures_s": DataLoader(
-            single, size, True, num_workers=2, persistent_workers=True
-        ),
-    }
+    single, size = _OneByOne(data.sets["train"]), data.hparams.batch_size
+    workers = {"num_workers": 2, "persistent_workers": True}
+    ours, *theirs = loaders = [
+        data.train_dataloader(),
+        DataLoader(single, size, shuffle=True),
+        DataLoader(single, size, shuffle=True, **workers),
+    ]
 
-    def run(name: str) -> None:
-        for images, _ in loaders[name]:
+    def run(loader: DataLoader) -> float:
+        start = _now(device)
+        for images, _ in loader:
             images = images.to(device)
-            if name == "pipeline_pictures_s":
+            if loader is ours:
                 normalize(images)
+        return len(loader.dataset) / (_now(device) - start)
 
-    for name in loaders:  # the workers start here
-        run(name)
+    for loader in theirs:  # the workers start here
+        run(loader)
     for _ in _rounds(repeats, "input"):
-        for name, loader in loaders.items():
-            took = _seconds(lambda name=name: run(name), device)
-            samples[name].append(len(loader.dataset) / took)
-        ours, *others = (samples[name][-1] for name in loaders)
-        samples["pipeline_vs_torchvision"].append(ours / max(others))
+        rate, alone, two = map(run, loaders)
+        _add(
+            samples,
+            pipeline_pictures_s=rate,
+            torchvision_0_pictures_s=alone,
+            torchvision_2_pictures_s=two,
+            pipeline_vs_torchvision=rate / max(alone, two),
+        )
 
 
 def main(args: list[str]) -> None:

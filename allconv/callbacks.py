@@ -87,7 +87,8 @@ class StopWhenDiverged(Callback):
         Raises:
             DivergedError: the loss is not finite.
         """
-        if (batch_idx + 1) % trainer.log_every_n_steps and not trainer.is_last_batch:
+        every = trainer.log_every_n_steps
+        if not trainer.is_last_batch and (not every or (batch_idx + 1) % every):
             return
         loss = outputs["loss"].item()
         if not math.isfinite(loss):
@@ -172,9 +173,12 @@ class Progress(Callback):
                 f"{trainer.datamodule.title}: val/acc {best['val/acc']:.4f}, "
                 f"top 5 {best['val/top5']:.4f}, loss {best['val/loss']:.4f}"
             )
+        # without validation there is no best
+        names = [run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        checkpoint = next(path for path in names if path.is_file())
         print(
             f"run folder: {run}\n"
-            f"next: python -m allconv test --ckpt_path {run / 'checkpoints' / 'best.ckpt'}\n"
+            f"next: python -m allconv test --ckpt_path {checkpoint}\n"
             f"      tensorboard --logdir {run.parent}",
             flush=True,
         )

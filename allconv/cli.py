@@ -4,12 +4,16 @@ import argparse
 import difflib
 import json
 import logging
+import os
+import random
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,17 +48,14 @@ class Parser(LightningArgumentParser):
         fail(2, line)
 
 
-def check_configs(args: list[str]) -> None:
-    """Refuse a --config that is no YAML mapping; the parser would not say which file it was."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("-c", "--config", action="append", default=[])
-    for name in finder.parse_known_args(args)[0].config:
-        try:
-            content = yaml.safe_load(Path(name).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            fail(2, f"--config {name}: not a YAML file that can be read ({error})")
-        if not isinstance(content, dict):
-            fail(2, f"--config {name}: expected keys and values, found {type(content).__name__}")
+def check_yaml(path: Path) -> None:
+    """Raise ValueError if a file is no YAML mapping; the parser would not say which file it was."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a YAML file that can be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys and values, found {type(content).__name__}")
 
 
 def fail(code: int, message: object):
@@ -108,32 +109,65 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Parse once to learn the checkpoint, and again with its run's configuration beneath."""
-        check_configs(sys.argv[1:] if args is None else args)
-        self.config = parser.parse_args(args)
+        args = sys.argv[1:] if args is None else args
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("-c", "--config", action="append", nargs="?", default=[])
+        try:
+            for name in filter(None, finder.parse_known_args(args)[0].config):
+                check_yaml(Path(name))
+        except ValueError as error:
+            fail(2, f"--config {error}")
+        first = [arg for arg in args if not arg.startswith("--print_config")]
+        self.config = parser.parse_args(first)
         command = self.config.subcommand
-        config = self.config[command]
+        config = self._checked(command)
         name = config.ckpt_path or (None if command == "fit" else "best")
+        if name and config.init:
+            fail(2, "--init starts a new run and --ckpt_path takes one up: give one of them")
         if name:
             self.checkpoint = runs.load(runs.find_checkpoint(str(name), self._logs(config)))
-            if self.checkpoint.bare and command == "fit":
-                raise runs.CheckpointError(
-                    f"{self.checkpoint.path}: weights alone cannot be resumed; use --init"
-                )
-            hparams = self.checkpoint.hparams
-            lowest = self._subcommand_parsers[command]
-            lowest.set_defaults({f"model.{key}": value for key, value in hparams.items()})
-            if self.checkpoint.run:
-                lowest.default_config_files = [str(self.checkpoint.run / "config.yaml")]
+            self._put_beneath(self._subcommand_parsers[command], command)
+        if name or len(first) < len(args):
             self.config = parser.parse_args(args)
-            config = self.config[command]
-            for key, value in hparams.items():
-                if key != "compile" and json.dumps(config.model[key]) != json.dumps(value):
-                    raise runs.CheckpointError(
-                        f"model.{key} is {config.model[key]}, but {self.checkpoint.path} was made "
-                        f"with {value}: leave the flag out, or train anew (--init takes weights)"
-                    )
-        if config.seed_everything is False:
-            config.seed_everything = True  # a random seed, but one that is written down
+            config = self._checked(command)
+        for key, value in (self.checkpoint.hparams if name else {}).items():
+            if key != "compile" and json.dumps(config.model[key]) != json.dumps(value):
+                raise runs.CheckpointError(
+                    f"model.{key} is {config.model[key]}, but {self.checkpoint.path} was made "
+                    f"with {value}: leave the flag out, or train anew (--init takes weights)"
+                )
+        seed = config.seed_everything
+        if isinstance(seed, bool):
+            # a random seed, but one that is written down, and the same in all processes
+            other = "LOCAL_RANK" in os.environ
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if other else random.getrandbits(32)
+            config.seed_everything = seed
+        if not 0 <= seed < 2**32:
+            fail(2, f"seed_everything is {seed}: it must be from 0 to {2**32 - 1}")
+
+    def _checked(self, command: str):
+        """The command's configuration, with keys and values where the parser lets a scalar pass."""
+        config = self.config[command]
+        for group in ("trainer", "model", "data"):
+            if not isinstance(config[group], Namespace):
+                fail(2, f"{group} is {config[group]}: expected keys and values")
+        return config
+
+    def _put_beneath(self, parser: LightningArgumentParser, command: str) -> None:
+        """Make the checkpoint's hyperparameters and its run's config.yaml the lowest layers."""
+        checkpoint = self.checkpoint
+        if checkpoint.bare and command == "fit":
+            raise runs.CheckpointError(
+                f"{checkpoint.path}: weights alone cannot be resumed; use --init"
+            )
+        parser.set_defaults({f"model.{key}": value for key, value in checkpoint.hparams.items()})
+        if checkpoint.run:
+            path = checkpoint.run / "config.yaml"
+            try:
+                check_yaml(path)
+            except ValueError as error:
+                raise runs.CheckpointError(str(error)) from None
+            parser.default_config_files = [str(path)]
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: parse_arguments compares the hyperparameters; here they would silently win."""
@@ -182,14 +216,17 @@ class CLI(LightningCLI):
         """Read the data, then make or find the run folder: what fails leaves no empty folder."""
         config = self.config.fit
         config.ckpt_path = None  # of this call, not of the run: config.yaml is the lowest layer
-        if config.init:
-            self._load_weights(runs.load(runs.find_checkpoint(config.init, self._logs(config))))
+        if self.checkpoint:
+            self._load_weights(self.checkpoint)
+        elif config.init:
+            path = runs.find_checkpoint(config.init, self._logs(config), "init")
+            self._load_weights(runs.load(path))
         done, epochs = self.checkpoint and self.checkpoint.epoch, self.trainer.max_epochs
         if done and 0 <= epochs <= done:
             fail(2, f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
         if self.trainer.fast_dev_run:
             return
-        run = Path(runs.LOGS, "version_0")
+        run, step = Path(runs.LOGS, "version_0"), None  # the other processes write nothing
         if self.trainer.is_global_zero:
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -197,14 +234,21 @@ class CLI(LightningCLI):
             if not (self.checkpoint or config.init):  # the other processes get rank 0's weights
                 self.model.whiten(normalize(self.datamodule.sets["train"].images[::10]))
             run = resumed or runs.claim(self._logs(config))
-        self.trainer.loggers = runs.loggers(run, self.checkpoint and self.checkpoint.step)
+            step = self.checkpoint and self.checkpoint.step
+        self.trainer.loggers = runs.loggers(run, step)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
         path = self.checkpoint and self.checkpoint.path
+        # Lightning's own handler lets the batch end first
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._run(self.trainer.fit, ckpt_path=path, **kwargs)
+
+    def _run(self, method, **kwargs) -> None:
+        """Run a method of the trainer; Lightning ends with 1 after Ctrl-C and 0 after SIGTERM."""
         try:
-            self.trainer.fit(ckpt_path=path, weights_only=True, **kwargs)
-        except SystemExit:  # Lightning ends with 1 after Ctrl-C and with 0 after SIGTERM
+            method(weights_only=True, **kwargs)
+        except SystemExit:
             if self.trainer.received_sigterm:
                 sys.exit(143)
             if self.trainer.interrupted:
@@ -220,11 +264,9 @@ class CLI(LightningCLI):
         self._evaluate(self.trainer.test, **kwargs)
 
     def _evaluate(self, evaluate, ckpt_path=None, **kwargs) -> None:
-        path = self.checkpoint.path
-        if self.checkpoint.bare:
-            self._load_weights(self.checkpoint)
-            path = None
-        evaluate(ckpt_path=path, weights_only=True, verbose=False, **kwargs)
+        self._load_weights(self.checkpoint)
+        path = None if self.checkpoint.bare else self.checkpoint.path
+        self._run(evaluate, ckpt_path=path, verbose=False, **kwargs)
 
     def _load_weights(self, checkpoint: runs.Checkpoint) -> None:
         """Put a checkpoint's weights into the net.
@@ -245,6 +287,8 @@ def _quieten() -> None:
     for message in (
         "Experiment logs directory .* exists",  # the run's folder; runs.loggers keeps its rows
         "Checkpoint directory .* exists",  # of a run that goes on
+        "`ModelCheckpoint.* could not find the monitored key",  # no validation, no best
+        "Precision .* is not supported by the model summary",  # its size in MB, no more
         "The dirpath has changed",  # evaluating from where the run was not started
         ".*LeafSpec",  # between Lightning and torch
         "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
@@ -257,9 +301,16 @@ def _quieten() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command; what the user can mend becomes one line, everything else a traceback."""
     _quieten()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         CLI(args)
     except USER_ERRORS as error:
         fail(1, error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        fail(1, f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except MisconfigurationException as error:  # Lightning's word for what it is asked in vain
         fail(2, error)

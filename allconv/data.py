@@ -11,6 +11,7 @@ import os
 import pickle
 import tarfile
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,8 @@ def read(data_dir: Path, split: str) -> np.ndarray:
     source = find(data_dir)
     if source is None:
         raise DataError(how_to_get(data_dir))
+    if source.suffix != ".gz" and not source.is_dir():
+        raise DataError(f"{source}: expected a folder, found a file; take it away")
     form = source.name.removesuffix(".tar.gz")
     member = split if form == "cifar-100-python" else f"{split}.bin"
     name = str(source / member)
@@ -195,7 +198,8 @@ def download(data_dir: Path) -> None:
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
             download_url(URL, folder, md5=MD5[name])
             os.replace(Path(folder, name), data_dir / name)
-    except (OSError, RuntimeError) as error:  # URLError, disk, permissions; a wrong md5
+    # URLError, disk, permissions; the server's answer; a wrong md5
+    except (OSError, HTTPException, RuntimeError) as error:
         raise DataError(f"download failed ({error}): {how_to_get(data_dir)}") from None
 
 
@@ -374,7 +378,12 @@ class CIFAR100(LightningDataModule):
         records = self._read("train")
         val_size = self.hparams.val_size
         if self.hparams.demo:
-            val_size = min(val_size, len(records) // 5)
+            val_size = min(val_size, len(records) // 500 * 100)
+            if not val_size:
+                raise DataError(
+                    f"{Path(self.hparams.data_dir, demo.FOLDER, 'train.bin')}: expected 500 "
+                    f"pictures or more, found {len(records)}; take the folder away"
+                )
         train, val = split_indices(records[:, 0], val_size, self.hparams.split_seed)
         self.sets["train"], self.sets["val"] = Pictures(records[train]), Pictures(records[val])
         self.split_fingerprint = hashlib.sha256(records[val]).hexdigest()

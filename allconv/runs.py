@@ -19,6 +19,11 @@ from torch import Tensor
 from allconv.model import width_of
 
 LOGS = "lightning_logs"
+# what Lightning needs to go on, beside the weights
+RESUMABLE = {
+    *("hyper_parameters", "epoch", "global_step", "loops", "callbacks"),
+    *("optimizer_states", "lr_schedulers", "pytorch-lightning_version"),
+}
 
 
 class CheckpointError(ValueError):
@@ -62,7 +67,7 @@ class Checkpoint:
         path: the file.
         hparams: arguments of the task it was made with; of a bare state dict, the width only.
         weights: the net's state dict.
-        bare: whether the file is no more than that, as the notebook saved it.
+        bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
     """
@@ -77,7 +82,9 @@ class Checkpoint:
     @property
     def run(self) -> Path | None:
         """The run folder it lies in, if it lies in one."""
-        folder = self.path.parent.parent
+        # of a short relative path the folders above have no names
+        path = self.path if len(self.path.parts) > 2 else self.path.absolute()
+        folder = path.parent.parent
         return folder if (folder / "config.yaml").is_file() else None
 
     @property
@@ -105,12 +112,13 @@ def claim(logs: Path) -> Path:
             n += 1
 
 
-def find_checkpoint(name: str, logs: Path) -> Path:
+def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
     """The file that `--ckpt_path` means.
 
     Args:
         name: "best" or "last" (of the newest run that has it), or a file.
         logs: folder of the runs.
+        key: the argument, for the message.
 
     Raises:
         CheckpointError: there is none.
@@ -118,7 +126,7 @@ def find_checkpoint(name: str, logs: Path) -> Path:
     if name not in ("best", "last"):
         path = Path(name)
         if not path.is_file():
-            raise CheckpointError(f"ckpt_path is {name}: no such file; or give best or last")
+            raise CheckpointError(f"{key} is {name}: no such file; or give best or last")
         return path
     folders = logs.iterdir() if logs.is_dir() else ()
     for run in sorted(folders, key=number, reverse=True):
@@ -126,7 +134,7 @@ def find_checkpoint(name: str, logs: Path) -> Path:
         if number(run) >= 0 and path.is_file():
             return path
     raise CheckpointError(
-        f"ckpt_path is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
+        f"{key} is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
         "train one (python -m allconv fit) or give a file (--ckpt_path FILE)"
     )
 
@@ -142,19 +150,23 @@ def load(path: Path) -> Checkpoint:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
-    if isinstance(content, dict) and "net.conv1.0.weight" in content.get("state_dict", ()):
-        hparams = content["hyper_parameters"]
-        hparams = {key: value for key, value in hparams.items() if not key.startswith("_")}
+    content = content if isinstance(content, dict) else {}
+    state = content.get("state_dict", content)
+    prefix = "net." if "state_dict" in content else ""
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in (state if isinstance(state, dict) else {}).items()
+        if isinstance(value, Tensor) and key.startswith(prefix)
+    }
+    if "conv1.0.weight" in weights and weights["conv1.0.weight"].ndim == 4:
+        hparams = {"width": width_of(weights)}
+        if not content.keys() >= RESUMABLE:
+            return Checkpoint(path, hparams, weights, bare=True)
+        saved = content["hyper_parameters"].items()
+        hparams |= {key: value for key, value in saved if not key.startswith("_")}
         # saved within its last epoch, except before the first step
         epochs = content["epoch"] + (content["global_step"] > 0)
-        weights = {
-            key.removeprefix("net."): value
-            for key, value in content["state_dict"].items()
-            if key.startswith("net.")
-        }
         return Checkpoint(path, hparams, weights, epoch=epochs, step=content["global_step"])
-    if isinstance(content, dict) and "conv1.0.weight" in content:
-        return Checkpoint(path, {"width": width_of(content)}, content, bare=True)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
 
 

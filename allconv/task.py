@@ -4,6 +4,7 @@ The defaults are what the notebook meant: SGD with momentum 0.9 and weight decay
 rate 0.1, halved every 20 of 100 epochs. Figures are counted over whole splits with torchmetrics.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -81,6 +82,7 @@ class Classifier(LightningModule):
             ("lr", lr, lr > 0, "above 0"),
             ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("milestones", milestones, all(m > 0 for m in milestones), "of numbers above 0"),
             ("gamma", gamma, gamma > 0, "above 0"),
             (
                 "warmup",
@@ -141,7 +143,8 @@ class Classifier(LightningModule):
         else:
             optimizer = torch.optim.SGD(groups, **options, fused=True)
         self.trainer.fit_loop.setup_data()  # until then Lightning does not know the number below
-        steps = self.trainer.num_training_batches // self.trainer.accumulate_grad_batches
+        batches, together = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        steps = math.ceil(batches / together)  # Lightning steps at an epoch's end in any case
         if h.warmup is None:
             milestones = [epoch * steps for epoch in h.milestones]
             schedule = MultiStepLR(optimizer, milestones, h.gamma)
@@ -170,7 +173,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of normalized pictures (B, 3, H, W)."""
-        return self.net(images)
+        return self.net(images.to(self.dtype))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of normalized pictures (B, 3, H, W) and labels (B,)."""
@@ -202,7 +205,7 @@ class Classifier(LightningModule):
         self.log_dict({f"{stage}/{name}": metric for name, metric in self.split_figures.items()})
         if stage == "test" and self.hparams.flip_test:
             self.log("test/acc_flip", self.acc_flip)
-        if self.trainer.state.fn == "fit":
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.log("train/loss", self.train_loss)
             self.log("lr", self.rate)  # of the epoch's last step; the schedule has moved on
 
