@@ -18,9 +18,5 @@ def test_json_has_every_figure(capsys, own_folder):
     assert found["peak_rss_gib"] < 8
     parts = found["data_s"] + found["setup_s"]
     assert math.isclose(parts, found["first_step_after_imports_s"])
-    assert all(name in capsys.readouterr().out or True for name in bench.FIGURES)
+    assert "fraction_of_matmul" in capsys.readouterr().out
     assert not (own_folder / "lightning_logs").exists()
-
-
-def test_flops_of_a_step(monkeypatch):
-    pass
