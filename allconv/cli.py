@@ -185,7 +185,8 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""
-        bar = sys.stdout.isatty() and self._get(self.config_init, "trainer").enable_progress_bar
+        wanted = self._get(self.config_init, "trainer").enable_progress_bar is not False
+        bar = sys.stdout.isatty() and wanted
         always = [RichProgressBar()] if bar else []
         if self.subcommand != "fit":
             self.save_config_callback = None
