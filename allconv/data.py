@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -364,7 +363,7 @@ class CIFAR100(LightningDataModule):
         if self.hparams.demo:
             demo.draw(data_dir / demo.FOLDER)
         elif find(data_dir) is None:
-            rank_zero_info(f"no CIFAR-100 in {data_dir.absolute()}: downloading {URL}")
+            print(f"no CIFAR-100 in {data_dir.absolute()}: downloading {URL}", flush=True)
             download(data_dir)
 
     def setup(self, stage: str) -> None:

@@ -72,7 +72,6 @@ def test_later_layers_win(own_folder, capsys):
 def test_bare_commands_find_the_newest_run(run, capfd):
     main([*TINY, "--trainer.max_epochs", "1"])
     said = capfd.readouterr().out
-    assert "92" not in said.split("parameters")[0] or "AllCNN" in said
     for word in ("best epoch 1 of 1", "lightning_logs/version_1", "python -m allconv test",
                  "tensorboard --logdir lightning_logs"):  # fmt: skip
         assert word in said
