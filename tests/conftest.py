@@ -10,6 +10,10 @@ import pytest
 
 from allconv.__main__ import main
 
+# Before torch is imported, and for every process started here: the nets are tiny, and two threads
+# that wait for each other on a busy machine made one test take minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REPO = Path(__file__).resolve().parent.parent
 TINY = (
     "fit --data.demo true --model.width 4 --trainer.max_epochs 3 --trainer.limit_train_batches 9"
