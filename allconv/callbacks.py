@@ -280,7 +280,8 @@ class Predictions(Callback):
         # the same ten in every epoch and of every net, so that they can be compared
         some = torch.from_numpy(np.random.RandomState(43).permutation(len(index))[:10])
         images = data.sets[split].images[index[some]]
-        title = f"{data.title}, {title}"
+        right, n = matrix.trace().item(), matrix.sum().item()
+        title = f"{data.title}, {title}: {100 * right / n:.1f} % of {n:,} pictures right"
         return (
             figures.predictions(images, labels[some], logits[some], data.class_names, title),
             figures.confusion(matrix.cpu(), data.class_names, data.groups, title),
@@ -310,7 +311,8 @@ class Predictions(Callback):
         result[f"{split}/n"] = int(result[f"{split}/n"])
         path = checkpoint.folder / f"{command}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
-        pictures, confusion = self._draw(trainer, split, matrix, split)
+        stage = "validation" if split == "val" else "test"
+        pictures, confusion = self._draw(trainer, split, matrix, stage)
         pictures.savefig(path.with_suffix(".png"), dpi=120)
         confusion.savefig(path.with_name(f"{command}_confusion.png"), dpi=120)
         after = f", epoch {checkpoint.epoch}," if checkpoint.epoch is not None else ""

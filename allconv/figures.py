@@ -29,23 +29,31 @@ def curves(rows: list[dict[str, float]], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
 
-    def line(axes, name, label, color, scale=1.0, **style):
+    last = max((row["epoch"] + 1 for row in rows), default=1)
+
+    def line(axes, name, label, color, scale=1.0):
         points = [(row["epoch"] + 1, row[name] * scale) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", ms=3, label=label, color=color, **style)
+            style = "o-" if last <= 30 else "-"  # dots of more epochs run into each other
+            axes.plot(*zip(*points, strict=True), style, ms=3, label=label, color=color)
 
     line(left, "train/loss", "training (as trained)", VERMILION)
     line(left, "val/loss", "validation", BLUE)
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    line(right, "val/acc", "validation, top 1", BLUE, 100)
-    line(right, "val/top5", "validation, top 5", GREY, 100)
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    best = max(rows, key=lambda row: row.get("val/acc", -1), default={})
+    note = "top 1"
+    if "val/acc" in best:
+        note += f" (best {100 * best['val/acc']:.1f} %, epoch {best['epoch'] + 1:.0f})"
+    line(right, "val/acc", note, BLUE, 100)
+    line(right, "val/top5", "top 5", GREY, 100)
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if axes.lines:
-            axes.legend(frameon=False)
+            axes.legend()
     return figure
 
 
@@ -64,7 +72,7 @@ def predictions(
     probabilities, predicted = logits.float().softmax(1).max(1)
     columns = 5
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(2.1 * columns, 2.55 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.1 * columns, 2.5 * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
@@ -76,7 +84,7 @@ def predictions(
         axes.set_title(
             f"{mark} {readable(names[predicted[i]])} {100 * probabilities[i]:.0f} %\n"
             f"truth: {readable(names[labels[i]])}",
-            fontsize=9,
+            fontsize=10,
             color=color,
         )
     return figure
