@@ -77,7 +77,7 @@ def bench(
 ) -> dict[str, object]:
     """Measure training, evaluation, input, memory and start-up; let nothing else run meanwhile.
 
-    Takes about four minutes on two CPU cores.
+    Takes about two minutes on two CPU cores.
 
     Args:
         data_dir: folder with the data set, as in fit.
@@ -170,7 +170,7 @@ def _stepper(net: nn.Module, optimizer: torch.optim.Optimizer):
 
 def _bare(task: Classifier):
     """The step of the task's net, and nothing around it."""
-    groups = task._parameter_groups()
+    groups = task.parameter_groups()
     return _stepper(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True))
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.model_summary.model_summary import _format_summ
 from torch import Tensor
 
 from allconv import figures
-from allconv.runs import read_metrics
+from allconv.runs import best_row, read_metrics
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -119,11 +119,11 @@ class Progress(Callback):
             return
         data, net = trainer.datamodule, pl_module.net
         parameters = sum(p.numel() for p in net.parameters())
-        self.pictures = len(data.sets["train"])
+        pictures, held_out = len(data.sets["train"]), len(data.sets["val"])
         device = trainer.strategy.root_device.type
         print(
             f"AllCNN, {parameters:,} parameters, on {data.title}: "
-            f"{self.pictures:,} training and {len(data.sets['val']):,} validation pictures\n"
+            f"{pictures:,} training and {held_out:,} validation pictures\n"
             f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
             f"{data.hparams.batch_size}, {trainer.world_size} x {device} ({trainer.precision}), "
             f"seed {os.environ['PL_GLOBAL_SEED']}\n"
@@ -140,7 +140,7 @@ class Progress(Callback):
             return
         step = (time.monotonic() - self.warm) / 15
         epochs = trainer.max_epochs - self.first
-        left = timedelta(seconds=round(epochs * trainer.num_training_batches * step))
+        left = _duration(epochs * trainer.num_training_batches * step)
         rate = len(batch[1]) * trainer.world_size / step
         print(f"about {left} for {epochs} epochs at {rate:,.0f} pictures/s", flush=True)
         if not self.bar:
@@ -165,11 +165,10 @@ class Progress(Callback):
         run = run_folder(trainer)
         if not trainer.is_global_zero or not run:
             return
-        rows = [row for row in read_metrics(run) if "val/acc" in row]
-        if rows:
-            best = max(rows, key=lambda row: row["val/acc"])
+        best = best_row(run)
+        if best:
             print(
-                f"best epoch {best['epoch'] + 1:.0f} of {rows[-1]['epoch'] + 1:.0f} on "
+                f"best epoch {best['epoch'] + 1:.0f} of {trainer.current_epoch} on "
                 f"{trainer.datamodule.title}: val/acc {best['val/acc']:.4f}, "
                 f"top 5 {best['val/top5']:.4f}, loss {best['val/loss']:.4f}"
             )
@@ -343,7 +342,6 @@ class SaveConfig(SaveConfigCallback):
         settings = {"seed": config["seed_everything"], "max_epochs": trainer.max_epochs}
         for group in ("model", "data"):
             settings |= {f"{group}.{key}": value for key, value in config[group].items()}
-        rows = [row for row in read_metrics(run_folder(trainer)) if "val/acc" in row]
-        best = max(rows, key=lambda row: row["val/acc"])
+        best = best_row(run_folder(trainer))
         final = {"hp/val_acc": best["val/acc"], "hp/val_loss": best["val/loss"]}
         trainer.loggers[0].log_hyperparams(settings, final)

@@ -218,7 +218,7 @@ class CLI(LightningCLI):
         """Read the data, then make or find the run folder: what fails leaves no empty folder."""
         config = self.config.fit
         config.ckpt_path = None  # of this call, not of the run: config.yaml is the lowest layer
-        if self.checkpoint:
+        if self.checkpoint:  # Lightning loads them again; what is wrong shows before the run begins
             self._load_weights(self.checkpoint)
         elif config.init:
             path = runs.find_checkpoint(config.init, self._logs(config), "init")

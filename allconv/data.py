@@ -342,7 +342,7 @@ class CIFAR100(LightningDataModule):
                     "most 1, and a size from 4 to 32"
                 )
         self.save_hyperparameters(logger=False)
-        self.sets: dict[str, Pictures] = {}  # by Lightning's stage names; filled when asked for
+        self.sets: dict[str, Pictures] = {}  # train, val, test: filled when asked for
         self.split_fingerprint: str | None = None
         self.remark: str | None = None  # what a reader of the evaluation has to know
 

@@ -179,6 +179,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def best_row(run: Path) -> dict[str, float] | None:
+    """The row of the epoch with the highest val/acc, if any epoch was validated."""
+    rows = [row for row in read_metrics(run) if "val/acc" in row]
+    return max(rows, key=lambda row: row["val/acc"], default=None)
+
+
 def loggers(run: Path, resume_step: int | None) -> list[Logger]:
     """TensorBoard and CSV loggers that write into one run folder.
 

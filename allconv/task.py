@@ -84,12 +84,7 @@ class Classifier(LightningModule):
             ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
             ("milestones", milestones, all(m > 0 for m in milestones), "of numbers above 0"),
             ("gamma", gamma, gamma > 0, "above 0"),
-            (
-                "warmup",
-                warmup,
-                warmup is None or 0 <= warmup < 1,
-                "at least 0 and below 1, or null",
-            ),
+            ("warmup", warmup, warmup is None or 0 <= warmup < 1, "null, or from 0 to below 1"),
             ("muon_lr", muon_lr, muon_lr >= 0, "at least 0"),
             ("muon_momentum", muon_momentum, 0 <= muon_momentum < 1, "at least 0 and below 1"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "from 0 to below 1"),
@@ -116,7 +111,6 @@ class Classifier(LightningModule):
                 "n": SumMetric(nan_strategy="disable"),
             }
         )
-
         self.acc_flip = MulticlassAccuracy(**top)
 
     def configure_model(self) -> None:
@@ -137,7 +131,7 @@ class Classifier(LightningModule):
         """
         h = self.hparams
         options = {"lr": h.lr, "momentum": h.momentum, "nesterov": h.nesterov}
-        groups = self._parameter_groups()
+        groups = self.parameter_groups()
         if h.muon_lr:
             optimizer = MuonSGD(groups, **options)
         else:
@@ -153,7 +147,7 @@ class Classifier(LightningModule):
             schedule = LambdaLR(optimizer, partial(triangle, total=total, warmup=h.warmup))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    def _parameter_groups(self) -> list[dict]:
+    def parameter_groups(self) -> list[dict]:
         """Parameters by how they are trained: by Muon, by SGD with and without weight decay."""
         h, net = self.hparams, self.net
         if not h.decay_norms:
