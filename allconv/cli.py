@@ -276,6 +276,11 @@ class CLI(LightningCLI):
         Raises:
             CheckpointError: they are of another net.
         """
+        found, width = (runs.width_of(w) for w in (checkpoint.weights, self.model.net.state_dict()))
+        if found != width:
+            raise runs.CheckpointError(
+                f"{checkpoint.path}: made with model.width {found}, but it is {width} here"
+            )
         try:
             self.model.net.load_state_dict(checkpoint.weights)
         except RuntimeError as error:

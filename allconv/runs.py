@@ -193,12 +193,15 @@ def loggers(run: Path, resume_step: int | None) -> list[Logger]:
         resume_step: steps taken when a resumed run goes on; what was logged later is dropped, what
             was logged before is kept.
     """
+    metrics, copy = run / "metrics.csv", run / "metrics.before-resume.csv"
+    if resume_step is not None and copy.is_file():  # killed below: the copy is the whole table
+        copy.replace(metrics)
     place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
     kept = read_metrics(run) if resume_step is not None else []
     table = CSVLogger(**place)
     if kept:
         # CSVLogger begins by deleting the file, so a copy has to outlive a kill
-        copy = (run / "metrics.csv").replace(run / "metrics.before-resume.csv")
+        metrics.replace(copy)
         for row in kept:
             if row["step"] < resume_step:
                 step = int(row.pop("step"))

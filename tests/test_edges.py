@@ -114,6 +114,15 @@ def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
     assert len(list(Path("lightning_logs/version_0/checkpoints").iterdir())) == 5
 
 
+def test_a_table_whose_resume_was_killed_is_whole_again(run):
+    before = (run / "metrics.csv").read_text()
+    # what a kill leaves between moving the table away and writing it anew
+    (run / "metrics.csv").rename(run / "metrics.before-resume.csv")
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+    assert (run / "metrics.csv").read_text().startswith(before)
+    assert not (run / "metrics.before-resume.csv").exists()
+
+
 def make(path, content=b""):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content)
