@@ -308,6 +308,7 @@ class Predictions(Callback):
             },
         }
         result[f"{split}/n"] = int(result[f"{split}/n"])
+        checkpoint.folder.mkdir(parents=True, exist_ok=True)
         path = checkpoint.folder / f"{command}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
         stage = "validation" if split == "val" else "test"

@@ -259,14 +259,19 @@ class CLI(LightningCLI):
 
     def validate(self, **kwargs) -> None:
         """Evaluate on the validation pictures."""
-        self._evaluate(self.trainer.validate, **kwargs)
+        self._evaluate("validate", **kwargs)
 
     def test(self, **kwargs) -> None:
         """Evaluate on the test pictures."""
-        self._evaluate(self.trainer.test, **kwargs)
+        self._evaluate("test", **kwargs)
 
-    def _evaluate(self, evaluate, ckpt_path=None, **kwargs) -> None:
+    def _evaluate(self, command: str, ckpt_path=None, **kwargs) -> None:
         self._load_weights(self.checkpoint)
+        evaluate = getattr(self.trainer, command)
+        if self.checkpoint.facts:  # of a run's checkpoint Lightning tells the data itself
+            self.datamodule.prepare_data()
+            self.datamodule.setup(command)
+            self.datamodule.compare(self.checkpoint.facts)
         path = None if self.checkpoint.bare else self.checkpoint.path
         self._run(evaluate, ckpt_path=path, verbose=False, **kwargs)
 

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms.v2 import CutMix
 
 from allconv import augment, demo
 
@@ -303,6 +304,8 @@ class CIFAR100(LightningDataModule):
         sizes: training pictures are scaled down at first: pairs of a share of the run's steps and
             the size in pixels until then, ascending; after the last, 32 pixels (Touvron et al.,
             arXiv:1906.06423, and fast.ai's progressive resizing).
+        cutmix: share of the training batches in which each picture gets a box of another one, and
+            its labels their shares of the area (Yun et al., arXiv:1905.04899).
         demo: use a small drawn data set instead: no download, and no real figures.
 
     Raises:
@@ -320,6 +323,7 @@ class CIFAR100(LightningDataModule):
         crop: int = 0,
         flip: bool = False,
         sizes: tuple[tuple[float, int], ...] = (),
+        cutmix: float = 0.0,
         demo: bool = False,
     ):
         super().__init__()
@@ -341,7 +345,10 @@ class CIFAR100(LightningDataModule):
                     f"data.sizes has {[share, size]}: it must be pairs of a share above 0 and at "
                     "most 1, and a size from 4 to 32"
                 )
+        if not 0 <= cutmix <= 1:
+            raise ValueError(f"data.cutmix is {cutmix}: it must be from 0 to 1")
         self.save_hyperparameters(logger=False)
+        self.mix = CutMix(num_classes=len(self.class_names))
         self.sets: dict[str, Pictures] = {}  # train, val, test: filled when asked for
         self.split_fingerprint: str | None = None
         self.remark: str | None = None  # what a reader of the evaluation has to know
@@ -447,6 +454,8 @@ class CIFAR100(LightningDataModule):
             images = augment.alternating_flip(images, trainer.current_epoch)
         if h.crop:
             images = augment.crop(images, h.crop)  # torch's generator: seeded every epoch
+        if h.cutmix and torch.rand(()) < h.cutmix:
+            images, labels = self.mix(images, labels)  # labels (B, classes) from here on
         images = normalize(images)
         done = trainer.global_step / trainer.estimated_stepping_batches if h.sizes else 1
         size = next((size for share, size in h.sizes if done < share), 32)
@@ -456,18 +465,23 @@ class CIFAR100(LightningDataModule):
         """What a checkpoint remembers of the data: which set, and which pictures were held out."""
         return {"demo": self.hparams.demo, "split": self.split_fingerprint}
 
+    def compare(self, state_dict: dict[str, object]) -> None:
+        """Remark it if the net was trained on other data, or has seen what it is evaluated on."""
+        now = self.state_dict()
+        if now["demo"] != state_dict["demo"]:
+            self.remark = "trained on another data set than it is evaluated on"
+        elif now["split"] not in (None, state_dict["split"]):
+            self.remark = "another split than in training: the net has seen some of these pictures"
+
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Compare with the data that the checkpoint was trained on.
 
         Raises:
             DataError: training would go on with other pictures than it began with.
         """
-        stage, now = self.trainer.state.fn, self.state_dict()
-        if now["demo"] != state_dict["demo"]:
-            self.remark = "trained on another data set than it is evaluated on"
-        elif now["split"] not in (None, state_dict["split"]):
-            self.remark = "another split than in training: the net has seen some of these pictures"
-        if stage == "fit" and self.remark:
+        self.compare(state_dict)
+        now = self.state_dict()
+        if self.trainer.state.fn == "fit" and self.remark:
             raise DataError(
                 f"the checkpoint was trained with demo={state_dict['demo']} and split "
                 f"{str(state_dict['split'])[:12]}, found demo={now['demo']} and split "

@@ -5,20 +5,23 @@ A run is `lightning_logs/version_N/`: config.yaml, metrics.csv, TensorBoard even
 """
 
 import csv
+import json
 import os
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from allconv.model import width_of
 
 LOGS = "lightning_logs"
+PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
 # what Lightning needs to go on, beside the weights
 RESUMABLE = {
     *("hyper_parameters", "epoch", "global_step", "loops", "callbacks"),
@@ -70,6 +73,7 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
+        facts: of a packaged file, what it says of itself: classes, recipe, split, figures.
     """
 
     path: Path
@@ -78,6 +82,7 @@ class Checkpoint:
     bare: bool = False
     epoch: int | None = None
     step: int = 0
+    facts: dict[str, object] = field(default_factory=dict)
 
     @property
     def run(self) -> Path | None:
@@ -90,6 +95,8 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where what is found out about it is written: its run's folder, or its own."""
+        if self.path == PRETRAINED:  # nothing is written into an installed package
+            return Path(LOGS, "pretrained")
         return self.run or self.path.parent
 
 
@@ -116,7 +123,7 @@ def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
     """The file that `--ckpt_path` means.
 
     Args:
-        name: "best" or "last" (of the newest run that has it), or a file.
+        name: "best" or "last" (of the newest run that has it), "pretrained", or a file.
         logs: folder of the runs.
         key: the argument, for the message.
 
@@ -124,9 +131,9 @@ def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
         CheckpointError: there is none.
     """
     if name not in ("best", "last"):
-        path = Path(name)
+        path = PRETRAINED if name == "pretrained" else Path(name)
         if not path.is_file():
-            raise CheckpointError(f"{key} is {name}: no such file; or give best or last")
+            raise CheckpointError(f"{key} is {name}: no such file; or give best, last, pretrained")
         return path
     folders = logs.iterdir() if logs.is_dir() else ()
     for run in sorted(folders, key=number, reverse=True):
@@ -140,11 +147,13 @@ def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint of ours or a bare state dict; nothing in it is executed.
+    """Read a checkpoint of ours, packaged weights or a bare state dict; nothing is executed.
 
     Raises:
         CheckpointError: it cannot be read, or is of another net.
     """
+    if path.suffix == ".safetensors":
+        return _load_packaged(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -168,6 +177,18 @@ def load(path: Path) -> Checkpoint:
         epochs = content["epoch"] + (content["global_step"] > 0)
         return Checkpoint(path, hparams, weights, epoch=epochs, step=content["global_step"])
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
+
+
+def _load_packaged(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("allconv", "{}"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not weights that can be read ({error})") from None
+    if not (isinstance(facts, dict) and "hparams" in facts and "conv1.0.weight" in weights):
+        raise CheckpointError(f"{path}: no weights packaged by python -m allconv export")
+    return Checkpoint(path, facts["hparams"], weights, bare=True, epoch=facts["epoch"], facts=facts)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
