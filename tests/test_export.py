@@ -1,0 +1,80 @@
+"""`export`: files that others read, and that say of themselves what is in them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from allconv.__main__ import main
+from allconv.data import MEAN, STD
+from allconv.demo import CLASSES
+
+
+def facts_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["allconv"])
+
+
+def test_safetensors_hold_the_weights_and_what_they_are(run, capsys):
+    main(["validate"])
+    main(["export", "--out", "net.safetensors"])
+    assert "next: python -m allconv test --ckpt_path net.safetensors" in capsys.readouterr().out
+    saved = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    weights = load_file("net.safetensors")
+    assert {f"net.{name}" for name in weights} == {
+        name for name in saved["state_dict"] if name.startswith("net.")
+    }
+    for name, value in weights.items():
+        assert torch.equal(value, saved["state_dict"][f"net.{name}"])
+    facts = facts_of("net.safetensors")
+    tested = json.loads((run / "test.json").read_text())
+    validated = json.loads((run / "validate.json").read_text())
+    assert facts["classes"] == list(CLASSES)
+    assert (facts["mean"], facts["std"]) == (list(MEAN), list(STD))
+    assert facts["hparams"]["width"] == 4
+    assert facts["epoch"] == tested["epoch"]
+    assert facts["split"] == validated["split"]
+    assert facts["demo"] is True
+    for name in ("acc", "top5", "n"):
+        assert facts["test"][name] == tested[f"test/{name}"]
+        assert facts["val"][name] == pytest.approx(validated[f"val/{name}"], abs=1e-6)
+    assert facts["recipe"]["model"]["lr"] == 0.1
+    assert facts["recipe"]["seed_everything"] == 43
+    assert "data_dir" not in facts["recipe"]["data"]
+
+
+def test_the_same_net_gives_the_same_bytes(run):
+    main(["export", "--out", "one.safetensors"])
+    main(["export", "--out", "two.safetensors", "--ckpt_path", "one.safetensors"])
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_an_exported_net_is_tested_like_its_checkpoint(run):
+    main(["export", "--out", "net.safetensors"])
+    main(["test", "--ckpt_path", "net.safetensors", "--data.demo", "true"])
+    found, expected = (json.loads(Path(p).read_text()) for p in ("test.json", run / "test.json"))
+    assert found["test/acc"] == expected["test/acc"]
+
+
+def test_figures_of_another_checkpoint_are_left_out(run):
+    shutil.copy(run / "checkpoints/last.ckpt", run / "checkpoints/other.ckpt")
+    main(["export", "--out", "net.safetensors", "--ckpt_path", str(run / "checkpoints/other.ckpt")])
+    assert "test" not in facts_of("net.safetensors")
+
+
+def test_what_cannot_be_exported_is_refused(run, refused):
+    assert "out is net.pt" in refused("export", "--out", "net.pt", code=2)
+    assert "gone" in refused("export", "--out", "gone/net.safetensors", code=1)
+    torch.save(load_weights(run), "epoch9.pt")
+    line = refused("export", "--out", "net.safetensors", "--ckpt_path", "epoch9.pt", code=1)
+    assert "weights alone" in line
+    assert not list(Path().glob("net*"))
+
+
+def load_weights(run):
+    state = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    return {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
