@@ -1,21 +1,23 @@
 """`python -m allconv export --out FILE`: a trained net as a file for others.
 
-`.safetensors`: the weights, and in its metadata under "allconv" what they are as a JSON object;
-the package's own `pretrained.safetensors` is made like this.
+Both kinds say in their metadata, under "allconv" as a JSON object, what they are: see `describe`.
+The package's own `pretrained.safetensors` is made by this command.
 """
 
 import inspect
 import json
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import yaml
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
 from allconv import cli, demo, runs
-from allconv.data import CLASSES, MEAN, STD
+from allconv.data import CLASSES, MEAN, STD, normalize
 from allconv.model import AllCNN
 
 FIGURES = ("acc", "top5", "loss", "n")
@@ -23,20 +25,26 @@ FIGURES = ("acc", "top5", "loss", "n")
 PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
 
 
+class ExportError(ValueError):
+    """The file cannot be made, or does not do what the net does."""
+
+
 def export(out: str, ckpt_path: str = "best") -> None:
     """Write a trained net as a file for others.
 
     Args:
-        out: file to write; its ending decides: .safetensors (the weights).
+        out: file to write; its ending decides: .onnx (pictures in, logits out, for ONNX Runtime) or
+            .safetensors (the weights).
         ckpt_path: best or last (of the newest run that has it), pretrained, or a file.
 
     Raises:
         ValueError: the ending is another.
         CheckpointError: there is no such checkpoint, or it does not tell what net it is of.
+        ExportError: packages are missing, or the file's logits are not the net's.
     """
-    path = Path(out)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"out is {out}: its ending must be .safetensors")
+    path, writers = Path(out), {".onnx": _write_onnx, ".safetensors": _write_safetensors}
+    if path.suffix not in writers:
+        raise ValueError(f"out is {out}: its ending must be {' or '.join(writers)}")
     checkpoint = runs.load(runs.find_checkpoint(ckpt_path, Path(runs.LOGS)))
     facts = describe(checkpoint)
     net = AllCNN(**facts["hparams"]).eval()
@@ -46,14 +54,15 @@ def export(out: str, ckpt_path: str = "best") -> None:
         raise runs.CheckpointError(f"{checkpoint.path}: {error}") from None
     beside = path.with_name(path.name + ".writing")
     try:
-        _write_safetensors(net, facts, beside)
+        after = writers[path.suffix](net, facts, beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+    said = [f"{name}/acc {facts[name]['acc']:.4f}" for name in ("val", "test") if name in facts]
     print(
-        f"{checkpoint.path}, epoch {facts['epoch']}, {_said(facts)}\n"
+        f"{checkpoint.path}, epoch {facts['epoch']}: {', '.join(said) or 'no figures known'}\n"
         f"written: {path} ({path.stat().st_size / 1e6:.2f} MB)\n"
-        f"next: python -m allconv test --ckpt_path {path}",
+        f"{after.format(path)}",
         flush=True,
     )
 
@@ -122,18 +131,71 @@ def _figures(found: dict[str, float], split: str) -> dict[str, float]:
     return {k: round(found[f"{split}/{k}"], None if k == "n" else 7) for k in FIGURES if found}
 
 
-def _said(facts: dict[str, object]) -> str:
-    """The net's accuracies in a line."""
-    known = [split for split in ("val", "test") if split in facts]
-    return ", ".join(f"{split}/acc {facts[split]['acc']:.4f}" for split in known) or "no figures"
-
-
-def _write_safetensors(net: AllCNN, facts: dict[str, object], path: Path) -> None:
+def _write_safetensors(net: AllCNN, facts: dict[str, object], path: Path) -> str:
     """The net's state dict in float32; the same bytes for the same net and facts."""
-    weights: dict[str, Tensor] = {
-        name: value.contiguous() for name, value in net.state_dict().items()
-    }
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     path.write_bytes(safetensors.torch.save(weights, {"allconv": json.dumps(facts)}))
+    return "next: python -m allconv test --ckpt_path {}"
+
+
+class _FromBytes(nn.Module):
+    """The net with its normalization: uint8 pictures (B, 3, 32, 32) to logits (B, classes)."""
+
+    def __init__(self, net: AllCNN):
+        super().__init__()
+        self.net = net
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.net((pictures - self.mean) / self.std)
+
+
+def _write_onnx(net: AllCNN, facts: dict[str, object], path: Path) -> str:
+    """The net for any number of pictures, compared with torch in ONNX Runtime."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise ExportError(f'.onnx needs {", ".join(missing)}: pip install ".[export]"')
+    with Console(stderr=True).status("exporting to ONNX"):
+        program = torch.onnx.export(
+            _FromBytes(net).eval(),
+            (torch.zeros(2, 3, 32, 32, dtype=torch.uint8),),
+            input_names=["pictures"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces with the folders of this machine
+    program.model.doc_string = (
+        f"AllCNN: pictures (batch, 3, 32, 32) uint8, RGB, 0..255, to logits (batch, "
+        f"{len(facts['classes'])}) float32; the classes in order are in the metadata"
+    )
+    facts = {"classes": ",".join(facts["classes"]), "allconv": json.dumps(facts)}
+    program.model.metadata_props.update(facts)
+    program.save(path)
+    off = max(_difference(net, path, batch) for batch in (1, 7))
+    if not off <= 1e-4:  # NaN is refused as well
+        raise ExportError(f"ONNX Runtime gives other logits than torch: they differ by {off:.1e}")
+    return (
+        f"in ONNX Runtime its logits are torch's within {off:.1e} of the largest\n"
+        "next: the README's example (Export) runs it on a picture"
+    )
+
+
+@torch.inference_mode()
+def _difference(net: AllCNN, path: Path, batch: int) -> float:
+    """By how much a file's logits differ at most from the net's, as a share of the largest."""
+    import onnxruntime  # an extra
+
+    noise = torch.Generator().manual_seed(batch)
+    pictures = torch.randint(0, 256, (batch, 3, 32, 32), generator=noise, dtype=torch.uint8)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"pictures": pictures.numpy()})
+    expected = net(normalize(pictures))
+    # rectified logits may all be zero
+    return ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clip(1)).item()
 
 
 def main(args: list[str]) -> None:
@@ -143,7 +205,7 @@ def main(args: list[str]) -> None:
     parser.add_function_arguments(export)
     try:
         export(**parser.parse_args(args).as_dict())
-    except cli.USER_ERRORS as error:
+    except (*cli.USER_ERRORS, ExportError) as error:
         cli.fail(1, error)
     except ValueError as error:
         cli.fail(2, error)

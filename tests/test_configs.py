@@ -49,13 +49,13 @@ def test_readme_command_is_parsed(command, run, monkeypatch, capsys):
     if "FILE" in args:
         args[args.index("FILE")] = str(run / "checkpoints/last.ckpt")
     args = [str(REPO / a) if a.startswith("configs/") else a for a in args]
-    # bench has no configuration to print
-    args, expected = (
-        (["bench", "--help"], "repeats")
-        if args[0] == "bench"
-        else ([*args, "--print_config"], "model:")
-    )
+    # what needs no Trainer has no configuration to print; its help checks the options by name
+    if args[0] in ("fit", "validate", "test"):
+        args, expected = [*args, "--print_config"], ["model:"]
+    else:
+        args, expected = [args[0], "--help"], [a for a in args if a.startswith("--")]
     with pytest.raises(SystemExit) as end:
         main(args)
     assert end.value.code == 0
-    assert expected in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(word in said for word in expected)

@@ -1,17 +1,23 @@
 """`export`: files that others read, and that say of themselves what is in them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from conftest import REPO
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from allconv import export
 from allconv.__main__ import main
 from allconv.data import MEAN, STD
-from allconv.demo import CLASSES
+from allconv.demo import CLASSES, FOLDER
 
 
 def facts_of(path):
@@ -66,15 +72,50 @@ def test_figures_of_another_checkpoint_are_left_out(run):
     assert "test" not in facts_of("net.safetensors")
 
 
+def test_onnx_gives_the_figures_of_the_run(run, capsys):
+    main(["export", "--out", "net.onnx"])
+    said = capsys.readouterr().out
+    assert float(re.search(r"torch's within (\S+)", said)[1]) <= 1e-4
+    content = Path("net.onnx").read_bytes()
+    assert str(REPO).encode() not in content
+    net = onnxruntime.InferenceSession(content)
+    facts = net.get_modelmeta().custom_metadata_map
+    assert facts["classes"].split(",") == list(CLASSES)
+    assert json.loads(facts["allconv"])["demo"] is True
+    records = np.fromfile(f"data/{FOLDER}/test.bin", np.uint8).reshape(-1, 3074)
+    (logits,) = net.run(None, {"pictures": records[:, 2:].reshape(-1, 3, 32, 32)})
+    right = (logits.argmax(1) == records[:, 1]).mean()
+    assert right == pytest.approx(json.loads((run / "test.json").read_text())["test/acc"])
+    # and the README's example reads it
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "onnxruntime" in block)
+    assert len([line for line in example.splitlines() if line]) == 5
+    Image.fromarray(records[0, 2:].reshape(3, 32, 32).transpose(1, 2, 0)).save("picture.png")
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == CLASSES[logits[0].argmax()]
+
+
+def test_an_onnx_file_with_other_logits_is_not_left(run, refused, monkeypatch):
+    monkeypatch.setattr(export, "MEAN", (0.5, 0.5, 0.5))
+    line = refused("export", "--out", "net.onnx", code=1)
+    assert "other logits than torch" in line
+    assert not list(Path().glob("net*"))
+
+
+def test_missing_packages_are_named(run, refused, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    assert 'pip install ".[export]"' in refused("export", "--out", "net.onnx", code=1)
+
+
 def test_what_cannot_be_exported_is_refused(run, refused):
     assert "out is net.pt" in refused("export", "--out", "net.pt", code=2)
     assert "gone" in refused("export", "--out", "gone/net.safetensors", code=1)
-    torch.save(load_weights(run), "epoch9.pt")
+    torch.save(weights_of(run), "epoch9.pt")
     line = refused("export", "--out", "net.safetensors", "--ckpt_path", "epoch9.pt", code=1)
     assert "weights alone" in line
     assert not list(Path().glob("net*"))
 
 
-def load_weights(run):
+def weights_of(run):
     state = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
     return {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
