@@ -11,6 +11,7 @@ COMMANDS = {
     "validate": "evaluate on the validation pictures; default: the newest run's best checkpoint",
     "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
     "export": "write a trained net as .onnx or .safetensors, with what is known of it",
+    "runs": "list the runs and their figures; runs that differ in their seed alone are summed up",
     "bench": "measure training, evaluation, input pipeline and start-up on this machine",
 }
 
@@ -49,7 +50,8 @@ def main(args: list[str] | None = None) -> None:
     if args[0] in ("fit", "validate", "test"):
         import_module("allconv.cli").main(args)
     else:
-        import_module(f"allconv.{args[0]}").main(args[1:])
+        name = "listing" if args[0] == "runs" else args[0]  # allconv.runs: the folders themselves
+        import_module(f"allconv.{name}").main(args[1:])
 
 
 if __name__ == "__main__":

@@ -103,9 +103,15 @@ class CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --init; to every command, since a run's config.yaml is read by all of them."""
+        """Add --init and --recipe; to every command, since all of them read a run's config.yaml."""
         parser.add_argument(
             "--init", type=str | None, default=None, help="Weights to start from (fit only)."
+        )
+        parser.add_argument(
+            "--recipe",
+            type=str | None,
+            default=None,
+            help="What `runs` calls the run (default: the names of the --config files).",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
@@ -113,9 +119,10 @@ class CLI(LightningCLI):
         args = sys.argv[1:] if args is None else args
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("-c", "--config", action="append", nargs="?", default=[])
+        files = [Path(name) for name in finder.parse_known_args(args)[0].config if name]
         try:
-            for name in filter(None, finder.parse_known_args(args)[0].config):
-                check_yaml(Path(name))
+            for path in files:
+                check_yaml(path)
         except ValueError as error:
             fail(2, f"--config {error}")
         first = [arg for arg in args if not arg.startswith("--print_config")]
@@ -137,6 +144,7 @@ class CLI(LightningCLI):
                     f"model.{key} is {config.model[key]}, but {self.checkpoint.path} was made "
                     f"with {value}: leave the flag out, or train anew (--init takes weights)"
                 )
+        config.recipe = config.recipe or "+".join(path.stem for path in files) or None
         seed = config.seed_everything
         if isinstance(seed, bool):
             # a random seed, but one that is written down, and the same in all processes

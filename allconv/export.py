@@ -12,7 +12,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -21,8 +20,6 @@ from allconv.data import CLASSES, MEAN, STD, normalize
 from allconv.model import AllCNN
 
 FIGURES = ("acc", "top5", "loss", "n")
-# keys of a config.yaml that name places on one machine
-PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
 
 
 class ExportError(ValueError):
@@ -85,45 +82,22 @@ def describe(checkpoint: runs.Checkpoint) -> dict[str, object]:
     arguments = inspect.signature(AllCNN).parameters.items()
     saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True, mmap=True)
     data, run = saved["CIFAR100"], checkpoint.run
+    rows = runs.read_metrics(run) if run else []
+    # written by training when it saved this checkpoint
+    row = next((r for r in rows if "val/acc" in r and r["step"] == checkpoint.step - 1), {})
+    key = checkpoint.path.name, checkpoint.epoch
     facts = {
-        "hparams": {key: checkpoint.hparams.get(key, p.default) for key, p in arguments},
+        "hparams": {name: checkpoint.hparams.get(name, p.default) for name, p in arguments},
         "classes": demo.CLASSES if data["demo"] else CLASSES,
         **{"mean": MEAN, "std": STD, "epoch": checkpoint.epoch},
-        "recipe": run and _portable(yaml.safe_load((run / "config.yaml").read_text("utf-8"))),
+        "recipe": runs.read_config(run) if run else {},
         "split_seed": saved["datamodule_hyper_parameters"]["split_seed"],
         **data,
-        "val": _trained(checkpoint) or _evaluated(checkpoint, "validate", "val"),
-        "test": _evaluated(checkpoint, "test", "test"),
+        "val": _figures(row or runs.evaluation(checkpoint.folder, "validate", *key), "val"),
+        "test": _figures(runs.evaluation(checkpoint.folder, "test", *key), "test"),
         "version": version("allconv"),
     }
-    return {key: value for key, value in facts.items() if value not in ({}, None)}
-
-
-def _portable(config: object) -> object:
-    """A configuration without nulls and without this machine's folders."""
-    if isinstance(config, list):
-        return [_portable(value) for value in config]
-    if not isinstance(config, dict):
-        return config
-    kept = {k: v for k, v in config.items() if v is not None and k not in PLACES}
-    return {k: Path(v).name if k == "init" else _portable(v) for k, v in kept.items()}
-
-
-def _trained(checkpoint: runs.Checkpoint) -> dict[str, float]:
-    """The validation figures that training wrote down when it saved the checkpoint."""
-    rows = runs.read_metrics(checkpoint.run) if checkpoint.run else []
-    row = next((r for r in rows if r["step"] == checkpoint.step - 1 and "val/acc" in r), {})
-    return _figures(row, "val")
-
-
-def _evaluated(checkpoint: runs.Checkpoint, command: str, split: str) -> dict[str, float]:
-    """The figures of the last evaluation beside the checkpoint, if it was of this one."""
-    path = checkpoint.folder / f"{command}.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    same = found and Path(found["checkpoint"]).name == checkpoint.path.name
-    if not (same and found["epoch"] == checkpoint.epoch and found["remark"] is None):
-        return {}
-    return _figures(found, split)
+    return {name: value for name, value in facts.items() if value != {}}
 
 
 def _figures(found: dict[str, float], split: str) -> dict[str, float]:

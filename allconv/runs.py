@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from allconv.model import width_of
 
 LOGS = "lightning_logs"
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
+# keys of a config.yaml that name places on one machine
+PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
 # what Lightning needs to go on, beside the weights
 RESUMABLE = {
     *("hyper_parameters", "epoch", "global_step", "loops", "callbacks"),
@@ -192,18 +195,60 @@ def _load_packaged(path: Path) -> Checkpoint:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv; what a row does not have is left out of it."""
+    """The rows of a run's metrics.csv; what a row does not have is left out of it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     path = run / "metrics.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise CheckpointError(f"{path}: not a table of figures ({error})") from None
 
 
 def best_row(run: Path) -> dict[str, float] | None:
     """The row of the epoch with the highest val/acc, if any epoch was validated."""
     rows = [row for row in read_metrics(run) if "val/acc" in row]
     return max(rows, key=lambda row: row["val/acc"], default=None)
+
+
+def evaluation(folder: Path, command: str, name: str, epoch: int | None) -> dict[str, object]:
+    """What `test` or `validate` last wrote into a folder, if it was of this checkpoint; or {}.
+
+    Args:
+        folder: a run's, or the checkpoint's own.
+        command: "test" or "validate".
+        name: the checkpoint's file name.
+        epoch: epochs that it was trained.
+    """
+    try:
+        found = json.loads((folder / f"{command}.json").read_text("utf-8"))
+        of = Path(found["checkpoint"]).name, found["epoch"], found["remark"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not what we write
+        return {}
+    return found if of == (name, epoch, None) else {}
+
+
+def read_config(run: Path) -> dict[str, object]:
+    """A run's config.yaml without nulls and without this machine's folders; {} if damaged."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return _portable(config) if isinstance(config, dict) else {}
+
+
+def _portable(value: object) -> object:
+    if isinstance(value, list):
+        return [_portable(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: _portable(v) for k, v in value.items() if v is not None and k not in PLACES}
+    return {k: Path(v).name if k == "init" else v for k, v in kept.items()}
 
 
 def loggers(run: Path, resume_step: int | None) -> list[Logger]:

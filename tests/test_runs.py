@@ -1,0 +1,118 @@
+"""`runs`: what it says of whole runs, of damaged ones, and of several seeds."""
+
+import json
+import shutil
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+from conftest import REPO, TINY
+
+from allconv.__main__ import main
+from allconv.runs import best_row
+
+
+def listed(capsys, *args):
+    capsys.readouterr()
+    main(["runs", "--json", *args])
+    return json.loads(capsys.readouterr().out)
+
+
+def copied(run, n, seed, test=True, **model):
+    """A copy of a run as if it had been trained with another seed, or another net."""
+    copy = Path(f"lightning_logs/version_{n}")
+    shutil.copytree(run, copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["seed_everything"] = seed
+    config["data"]["data_dir"] = f"folder{n}"
+    config["model"].update(model)
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    table = (copy / "metrics.csv").read_text()
+    best = best_row(run)["val/acc"]
+    (copy / "metrics.csv").write_text(table.replace(str(best), str(best + seed / 1000)))
+    if not test:
+        (copy / "test.json").unlink()
+
+
+def test_a_run_is_listed_with_its_figures(run, capsys):
+    (row,) = listed(capsys)["runs"]
+    best, tested = best_row(run), json.loads((run / "test.json").read_text())
+    assert row["val/acc"] == best["val/acc"]
+    assert row["best_epoch"] == best["epoch"] + 1
+    assert row["test/acc"] == tested["test/acc"]
+    kept = ("number", "recipe", "data", "width", "epochs", "max_epochs", "seed")
+    assert [row[key] for key in kept] == [0, None, "drawn", 4, 3, 3, 43]
+    assert row["when"] < tested["date"]
+    main(["test", "--ckpt_path", "last"])  # test.json is no longer of the best checkpoint
+    assert listed(capsys)["runs"][0]["test/acc"] is None
+
+
+def test_a_run_is_called_by_its_config_files_also_when_resumed(own_folder, capsys):
+    files = [f"--config={REPO}/configs/{name}.yaml" for name in ("demo", "residual")]
+    few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+    main(["fit", *files, *TINY[1:], *few, "--trainer.max_epochs", "1"])
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+    main([*TINY, *few, "--trainer.max_epochs", "1", "--recipe", "mine"])
+    assert [row["recipe"] for row in listed(capsys)["runs"]] == ["demo+residual", "mine"]
+
+
+def test_seeds_are_summed_up(run, capsys):
+    copied(run, 1, 44, test=False)
+    copied(run, 2, 44)  # the newest run of a seed counts
+    copied(run, 3, 45)
+    copied(run, 4, 46, width=8)
+    found = listed(capsys)
+    (group,) = found["seeds"]
+    assert (group["number"], group["seed"], group["width"]) == ([0, 2, 3], [43, 44, 45], 4)
+    for key in ("val/acc", "test/acc"):
+        values = [found["runs"][i][key] for i in group["number"]]
+        assert group[key] == pytest.approx({"mean": mean(values), "sd": stdev(values), "n": 3})
+    main(["runs"])
+    spread = group["val/acc"]
+    assert spread["sd"] > 0
+    said = capsys.readouterr().out
+    assert f"{spread['mean']:.4f} ± {spread['sd']:.4f} (n = 3)" in said
+
+
+def test_sorting_and_plain_text_in_a_pipe(run, capsys):
+    copied(run, 10, 44, width=300)
+    copied(run, 9, 45, width=5)
+    Path("lightning_logs/version_11").mkdir()
+    order = [row["number"] for row in listed(capsys)["runs"]]
+    assert order == [0, 9, 10, 11]
+    order = [row["number"] for row in listed(capsys, "--sort", "width")["runs"]]
+    assert order == [11, 0, 9, 10]
+    path = Path("lightning_logs/version_9/config.yaml")
+    path.write_text(path.read_text().replace("recipe: null", f"recipe: {'long' * 50}"))
+    main(["runs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == (
+        "number recipe data width epochs val/acc best_epoch test/acc seed when".split()
+    )
+    assert [line.split()[0] for line in lines[1:5]] == ["0", "9", "10", "11"]
+    assert "long" * 50 in lines[2]
+
+
+DAMAGED = {
+    "config.yaml": [bytes(range(256)), b"model: {", b"- 1", b"model: 3\ndata: [1]\ntrainer:\n"],
+    "metrics.csv": [bytes(range(256)), b"epoch,val/acc\n1,abc\n", b"1,2\n3,4,5\n", b""],
+    "test.json": [bytes(range(256)), b"{", b"[1]", b'{"checkpoint": 3}'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_run_is_listed_with_what_is_known(name, run, capsys):
+    for content in DAMAGED[name]:
+        (run / name).write_bytes(content)
+        (row,) = listed(capsys)["runs"]
+        assert row["number"] == 0
+        assert row["test/acc"] is None or name == "config.yaml"
+        assert row["width"] == 4 or name == "config.yaml"
+        main(["runs"])
+
+
+def test_without_runs_and_with_wrong_columns(own_folder, refused):
+    assert "no runs in" in refused("runs", code=1)
+    assert "no runs in" in refused("runs", "--logs", "elsewhere", code=1)
+    assert "sort" in refused("runs", "--sort", "widht", code=2)
