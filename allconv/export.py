@@ -6,6 +6,7 @@ The package's own `pretrained.safetensors` is made by this command.
 
 import inspect
 import json
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,17 +71,17 @@ def describe(checkpoint: runs.Checkpoint) -> dict[str, object]:
     Figures are those that the run's files hold for this very checkpoint; others are left out.
 
     Raises:
-        CheckpointError: it is weights alone, which do not tell what net they are of.
+        CheckpointError: it does not tell of what net and data it is, as weights alone.
     """
     if checkpoint.facts:
         return checkpoint.facts
-    if checkpoint.bare:
+    saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+    if checkpoint.bare or "CIFAR100" not in saved:
         raise runs.CheckpointError(
-            f"{checkpoint.path}: weights alone do not tell what net they are of; "
+            f"{checkpoint.path}: does not tell of what net and data it is; "
             "export the checkpoint of a run"
         )
     arguments = inspect.signature(AllCNN).parameters.items()
-    saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True, mmap=True)
     data, run = saved["CIFAR100"], checkpoint.run
     rows = runs.read_metrics(run) if run else []
     # written by training when it saved this checkpoint
@@ -109,7 +110,7 @@ def _write_safetensors(net: AllCNN, facts: dict[str, object], path: Path) -> str
     """The net's state dict in float32; the same bytes for the same net and facts."""
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     path.write_bytes(safetensors.torch.save(weights, {"allconv": json.dumps(facts)}))
-    return "next: python -m allconv test --ckpt_path {}"
+    return "next: python -m allconv test --ckpt_path {}" + " --data.demo true" * facts["demo"]
 
 
 class _FromBytes(nn.Module):
@@ -179,9 +180,9 @@ def main(args: list[str]) -> None:
     parser.add_function_arguments(export)
     try:
         export(**parser.parse_args(args).as_dict())
-    except (*cli.USER_ERRORS, ExportError) as error:
+    except (*cli.USER_ERRORS, ExportError, OSError) as error:
         cli.fail(1, error)
     except ValueError as error:
         cli.fail(2, error)
-    except OSError as error:
-        cli.fail(1, f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)

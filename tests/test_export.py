@@ -28,7 +28,8 @@ def facts_of(path):
 def test_safetensors_hold_the_weights_and_what_they_are(run, capsys):
     main(["validate"])
     main(["export", "--out", "net.safetensors"])
-    assert "next: python -m allconv test --ckpt_path net.safetensors" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: python -m allconv test --ckpt_path net.safetensors --data.demo true" in said
     saved = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     weights = load_file("net.safetensors")
     assert {f"net.{name}" for name in weights} == {
@@ -112,7 +113,7 @@ def test_what_cannot_be_exported_is_refused(run, refused):
     assert "gone" in refused("export", "--out", "gone/net.safetensors", code=1)
     torch.save(weights_of(run), "epoch9.pt")
     line = refused("export", "--out", "net.safetensors", "--ckpt_path", "epoch9.pt", code=1)
-    assert "weights alone" in line
+    assert "does not tell of what net" in line
     assert not list(Path().glob("net*"))
 
 
