@@ -148,10 +148,10 @@ class Progress(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line for the epoch."""
-        metrics = trainer.callback_metrics
-        if self.bar or not trainer.is_global_zero or "val/acc" not in metrics:
+        metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
+        validated = "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0
+        if self.bar or not trainer.is_global_zero or not validated:
             return
-        done = trainer.current_epoch + 1
         spent = time.monotonic() - self.start
         left = spent / (done - self.first) * (trainer.max_epochs - done)
         print(

@@ -119,3 +119,42 @@ def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[st
     axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
     return figure
+
+
+def ladder(accuracies: dict[str, float], title: str) -> Figure:
+    """Bars of accuracies, top to bottom.
+
+    Args:
+        accuracies: fractions by what was done; names that begin with "+" stand apart.
+        title: what they have in common.
+    """
+    figure = Figure(figsize=(10, 0.34 * len(accuracies) + 1), layout="constrained")
+    axes = figure.subplots()
+    colors = [GREY if name.startswith("+") else BLUE for name in accuracies]
+    values = [100 * value for value in accuracies.values()]
+    bars = axes.barh(list(accuracies), values, color=colors)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="validation accuracy (%)", title=title)
+    return figure
+
+
+def race(lines: dict[str, list[tuple[float, float]]], title: str) -> Figure:
+    """Validation accuracy against training time.
+
+    Args:
+        lines: by name, a point an epoch: seconds since the start, accuracy as a fraction.
+        title: what was trained, and on what.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), color in zip(lines.items(), (VERMILION, BLUE), strict=False):
+        seconds, accuracies = zip(*points, strict=True)
+        axes.plot(seconds, [100 * a for a in accuracies], "o-", ms=4, color=color, label=name)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="training time (s)", ylabel="validation accuracy (%)", title=title)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.legend()
+    return figure
