@@ -163,18 +163,18 @@ def classified(
         side = min(height, width)
         corner = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
         left.imshow(images[i].permute(1, 2, 0).numpy())
-        left.set_title("picture, used part framed", fontsize=9)
+        left.set_title("picture (frame: used)", fontsize=9)
         frame = {"fill": False, "lw": 2, "clip_on": False}
         left.add_patch(Rectangle(corner, side, side, edgecolor=VERMILION, **frame))
         seen.imshow(inputs[i].permute(1, 2, 0).numpy(), interpolation="nearest")
         seen.set_title("what the net saw: 32 x 32", fontsize=9)
-        # beneath it the picture in light greys, so that light and dark are the map's
-        grey = {"cmap": "gray", "vmin": -255, "vmax": 255, "interpolation": "nearest"}
+        # beneath it the picture in lighter greys, so that light and dark are more the map's
+        grey = {"cmap": "gray", "vmin": -100, "vmax": 255, "interpolation": "nearest"}
         where.imshow(inputs[i].float().mean(0).numpy(), **grey)
-        colors = {"cmap": "cividis", "alpha": 0.7, "interpolation": "bilinear"}
+        colors = {"cmap": "cividis", "alpha": 0.55, "interpolation": "bilinear"}
         shown = where.imshow(maps[i].numpy(), extent=(-0.5, 31.5, 31.5, -0.5), **colors)
         where.set_title(f"where it saw: {readable(names[0])}", fontsize=9)
-        where.set_xlabel(f"logit; its mean is {maps[i].mean():.1f}", fontsize=9)
+        where.set_xlabel(f"mean {maps[i].mean():.1f} = its logit", fontsize=9)
         cell.colorbar(shown, ax=where, shrink=0.9).ax.tick_params(labelsize=8)
         color = [VERMILION if uncertain else BLUE, *[GREY] * (len(names) - 1)]
         drawn = bars.barh([readable(name) for name in names], shares, color=color)

@@ -112,7 +112,7 @@ def predict(
         print("\n]" if n else "[]")
     known = "CIFAR-100" if net.classes == data.CLASSES else "the drawn demo set"
     _say(
-        f"{n:,} pictures classified, {skipped:,} left out; weights: {path}",
+        f"pictures classified: {n:,}, left out: {skipped:,}; weights: {path}",
         f"the net knows the {len(net.classes)} classes of {known} and answers with one of them "
         "whatever it is shown; it saw the centre square of each picture, in 32 x 32 pixels",
     )
