@@ -12,6 +12,7 @@ COMMANDS = {
     "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
     "export": "write a trained net as .onnx or .safetensors, with what is known of it",
     "runs": "list the runs and their figures; runs that differ in their seed alone are summed up",
+    "predict": "classify your own pictures, files or folders, and show where the net looked",
     "bench": "measure training, evaluation, input pipeline and start-up on this machine",
 }
 

@@ -276,7 +276,9 @@ class CLI(LightningCLI):
     def _evaluate(self, command: str, ckpt_path=None, **kwargs) -> None:
         self._load_weights(self.checkpoint)
         evaluate = getattr(self.trainer, command)
-        if self.checkpoint.facts:  # of a run's checkpoint Lightning tells the data itself
+        if (
+            self.checkpoint.bare and self.checkpoint.facts
+        ):  # a run's Lightning tells the data itself
             self.datamodule.prepare_data()
             self.datamodule.setup(command)
             self.datamodule.compare(self.checkpoint.facts)

@@ -8,6 +8,7 @@ import math
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
@@ -157,4 +158,69 @@ def race(lines: dict[str, list[tuple[float, float]]], title: str) -> Figure:
     axes.set(xlabel="training time (s)", ylabel="validation accuracy (%)", title=title)
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.legend()
+    return figure
+
+
+def classified(
+    images: list[Tensor],
+    inputs: Tensor,
+    maps: Tensor,
+    top: list[list[tuple[str, float]]],
+    titles: list[str],
+    title: str,
+    low: float,
+) -> Figure:
+    """Own pictures: each with what the net saw of it, where it saw its top class, and its answer.
+
+    Args:
+        images: N pictures (3, H, W) uint8 of any size; the centre square is marked.
+        inputs: (N, 3, 32, 32) uint8, what the net was given.
+        maps: (N, h, w), the top class's map, whose mean is the class's logit.
+        top: of each picture its classes and their probabilities, highest first.
+        titles: the pictures' names.
+        title: what has classified them.
+        low: the probability below which a top class is marked as uncertain.
+    """
+    columns = 1 if len(images) < 3 else 2
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(9.5 * columns, 2.5 * rows + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    cells = figure.subfigures(rows, columns, squeeze=False, hspace=0.04, wspace=0.03).flat
+    for i, cell in enumerate(cells):
+        if i >= len(images):
+            break
+        names, shares = zip(*top[i], strict=True)
+        uncertain = shares[0] < low
+        note = f": uncertain, below {100 * low:.0f} %" if uncertain else ""
+        # a dollar sign in a file name is not the beginning of a formula
+        cell.suptitle(titles[i] + note, fontsize=10, parse_math=False, weight="bold")
+        left, seen, where, bars = cell.subplots(1, 4, width_ratios=(1, 1, 1.25, 1.5))
+        for axes in (left, seen, where):
+            axes.set_xticks([])
+            axes.set_yticks([])
+        height, width = images[i].shape[1:]
+        side = min(height, width)
+        corner = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+        left.imshow(images[i].permute(1, 2, 0).numpy())
+        left.set_title("picture (frame: used)", fontsize=9)
+        frame = {"fill": False, "lw": 2, "clip_on": False}
+        left.add_patch(Rectangle(corner, side, side, edgecolor=VERMILION, **frame))
+        seen.imshow(inputs[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+        seen.set_title("what the net saw: 32 x 32", fontsize=9)
+        # beneath it the picture in lighter greys, so that light and dark are more the map's
+        grey = {"cmap": "gray", "vmin": -100, "vmax": 255, "interpolation": "nearest"}
+        where.imshow(inputs[i].float().mean(0).numpy(), **grey)
+        colors = {"cmap": "cividis", "alpha": 0.55, "interpolation": "bilinear"}
+        shown = where.imshow(maps[i].numpy(), extent=(-0.5, 31.5, 31.5, -0.5), **colors)
+        where.set_title(f"where it saw: {readable(names[0])}", fontsize=9)
+        where.set_xlabel(f"mean {maps[i].mean():.1f} = its logit", fontsize=9)
+        cell.colorbar(shown, ax=where, shrink=0.9).ax.tick_params(labelsize=8)
+        color = [VERMILION if uncertain else BLUE, *[GREY] * (len(names) - 1)]
+        drawn = bars.barh([readable(name) for name in names], shares, color=color)
+        bars.bar_label(drawn, [f"{100 * share:.1f} %" for share in shares], padding=3, fontsize=9)
+        bars.invert_yaxis()
+        bars.set(xlim=(0, 1.3), xticks=[])
+        bars.set_title("probability", fontsize=9)
+        bars.tick_params("y", labelsize=9, length=0)
+        bars.spines[["top", "right", "bottom"]].set_visible(False)
     return figure

@@ -76,7 +76,8 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
-        facts: of a packaged file, what it says of itself: classes, recipe, split, figures.
+        facts: what it says of its data (demo, split), and a packaged file of itself (classes,
+            recipe, figures).
     """
 
     path: Path
@@ -178,7 +179,8 @@ def load(path: Path) -> Checkpoint:
         hparams |= {key: value for key, value in saved if not key.startswith("_")}
         # saved within its last epoch, except before the first step
         epochs = content["epoch"] + (content["global_step"] > 0)
-        return Checkpoint(path, hparams, weights, epoch=epochs, step=content["global_step"])
+        step, facts = content["global_step"], content.get("CIFAR100", {})
+        return Checkpoint(path, hparams, weights, epoch=epochs, step=step, facts=facts)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
 
 
