@@ -10,6 +10,7 @@ COMMANDS = {
     "fit": "train; --ckpt_path last goes on with a stopped run, --init FILE starts from weights",
     "validate": "evaluate on the validation pictures; default: the newest run's best checkpoint",
     "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
+    "report": "write report.html about a checkpoint, or compare two: report A B",
     "bench": "measure training, evaluation, input pipeline and start-up on this machine",
 }
 

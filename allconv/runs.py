@@ -73,7 +73,7 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
-        facts: of a packaged file, what it says of itself: classes, recipe, split, figures.
+        facts: what it says of its data (demo, split); a packaged file also classes, recipe, figures.
     """
 
     path: Path
@@ -142,7 +142,7 @@ def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
             return path
     raise CheckpointError(
         f"{key} is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
-        "train one (python -m allconv fit) or give a file (--ckpt_path FILE)"
+        "train one (python -m allconv fit) or name a file instead"
     )
 
 
@@ -175,7 +175,8 @@ def load(path: Path) -> Checkpoint:
         hparams |= {key: value for key, value in saved if not key.startswith("_")}
         # saved within its last epoch, except before the first step
         epochs = content["epoch"] + (content["global_step"] > 0)
-        return Checkpoint(path, hparams, weights, epoch=epochs, step=content["global_step"])
+        step, facts = content["global_step"], content.get("CIFAR100", {})
+        return Checkpoint(path, hparams, weights, epoch=epochs, step=step, facts=facts)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
 
 
