@@ -67,7 +67,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 class Evaluation:
-    """A checkpoint's answers to the pictures of a split, and what is counted from them.
+    """A checkpoint, its data, its answers to a split's pictures, and what is counted from them.
 
     Args:
         key: A or B.
@@ -77,7 +77,6 @@ class Evaluation:
 
     Raises:
         CheckpointError: the checkpoint or its run's configuration cannot be used.
-        DataError: the data cannot be read.
     """
 
     def __init__(self, key: str, given: str, data_dir: str | None, split: str):
@@ -87,9 +86,21 @@ class Evaluation:
         self.config = self.checkpoint.facts.get("recipe", {})
         self.data = self._data(data_dir)
         self.net = self._net()
-        pictures = self.data.sets[split]
+
+    def answer(self) -> None:
+        """Read the pictures, let the net answer, and count.
+
+        Raises:
+            DataError: the data cannot be read.
+        """
+        self.data.prepare_data()
+        for stage in {"validate", "test" if self.split == "test" else "validate"}:
+            self.data.setup(stage)
+        if self.checkpoint.facts:
+            self.data.compare(self.checkpoint.facts)
+        pictures = self.data.sets[self.split]
         self.images, self.labels, self.n = pictures.images, pictures.labels, len(pictures)
-        self.logits = self._logits(split)
+        self.logits = self._logits(self.split)
         self.predicted = self.logits.argmax(1)
         self.right = self.predicted == self.labels
         self.confidence = self.logits.softmax(1).amax(1)
@@ -100,7 +111,7 @@ class Evaluation:
         cells = self.labels * classes + self.predicted
         self.matrix = cells.bincount(minlength=classes**2).view(classes, classes)  # true, predicted
         self.by_class = self.matrix.diag() / self.matrix.sum(1)
-        val = self.logits if split == "val" else self._logits("val")
+        val = self.logits if self.split == "val" else self._logits("val")
         self.temperature = fit_temperature(val, self.data.sets["val"].labels)
         self.scaled_confidence = (self.logits / self.temperature).softmax(1).amax(1)
         self.loss, self.ece = self._calibration(1.0)
@@ -138,16 +149,9 @@ class Evaluation:
                 self.config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
             known = {**facts, **(self.config.get("data") or {})}
             known |= {"data_dir": data_dir} if data_dir else {}
-            data = CIFAR100(**{key: known[key] for key in keys if key in known})
+            return CIFAR100(**{key: known[key] for key in keys if key in known})
         except (TypeError, ValueError) as error:
             raise runs.CheckpointError(f"{run or self.checkpoint.path}: {error}") from None
-        data.prepare_data()
-        data.setup("validate")
-        if self.split == "test":
-            data.setup("test")
-        if facts:
-            data.compare(facts)
-        return data
 
     def _net(self) -> AllCNN:
         checkpoint, known = self.checkpoint, inspect.signature(AllCNN).parameters
@@ -353,13 +357,13 @@ def report(
     """
     evaluations = [Evaluation(*pair, data_dir, split) for pair in (("A", a), ("B", b)) if pair[1]]
     first, *rest = evaluations
+    keys = ("demo",) if split == "test" else ("demo", "val_size", "split_seed")
     for other in rest:
-        if not torch.equal(first.images, other.images):
-            raise runs.CheckpointError(
-                f"A is evaluated on {first.data.title}, split seed {first.data.hparams.split_seed}, B  "
-                f"on {other.data.title}, split seed {other.data.hparams.split_seed}: give two that have "
-                "the same pictures"
-            )
+        ours, theirs = ({k: x.data.hparams[k] for k in keys} for x in (first, other))
+        if ours != theirs:
+            raise runs.CheckpointError(f"A has other pictures than B (data: {ours} and {theirs})")
+    for x in evaluations:
+        x.answer()
     page = _two(*evaluations) if rest else _one(first)
     place = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -371,7 +375,7 @@ def report(
     place.filters |= {
         "percent": lambda x, digits=1: f"{100 * x:.{digits}f}\u00a0%",
         "points": lambda x: f"{100 * x:+.2f}",
-        "count": "{:,}".format,
+        "number": "{:,}".format,
         "yaml": lambda x: yaml.safe_dump(x, sort_keys=False),
     }
     text = place.get_template("report.html.j2").render(
@@ -420,4 +424,6 @@ def main(args: list[str]) -> None:
         if not error.filename:
             raise
         cli.fail(1, f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"written: {path}; open it with a browser")

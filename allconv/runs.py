@@ -73,7 +73,7 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
-        facts: what it says of its data (demo, split); a packaged file also classes, recipe, figures.
+        facts: what it says of its data (demo, split); packaged, also classes, recipe, figures.
     """
 
     path: Path
