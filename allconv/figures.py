@@ -187,7 +187,8 @@ def reliability(answers: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure
             100 * cells.bincount(values.double(), bins) / counts for values in (confidence, right)
         )
         enough = counts >= 10  # of fewer, the share is chance
-        top.plot(sure[enough], correct[enough], style, ms=5, color=color, label=label)
+        line = {"ms": 5, "color": color, "label": label, "clip_on": False}
+        top.plot(sure[enough], correct[enough], style, **line)
         bottom.stairs(counts, torch.linspace(0, 100, bins + 1), color=color, lw=1.8)
     top.set(ylabel="right (%)", ylim=(0, 100), xlim=(0, 100))
     _legend(top)

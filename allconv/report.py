@@ -9,21 +9,22 @@ import math
 import platform
 import sys
 from base64 import b64encode
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonargparse import dict_to_namespace
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
-from torchvision.io import encode_png
 
 from allconv import cli, figures, runs
 from allconv.data import CIFAR100, normalize
@@ -94,7 +95,7 @@ class Evaluation:
             DataError: the data cannot be read.
         """
         self.data.prepare_data()
-        for stage in {"validate", "test" if self.split == "test" else "validate"}:
+        for stage in ("validate", self.split):
             self.data.setup(stage)
         if self.checkpoint.facts:
             self.data.compare(self.checkpoint.facts)
@@ -176,7 +177,10 @@ class Evaluation:
         if quiet:
             print(what, flush=True)
         batches = track(images.split(size), what, disable=quiet)
-        return torch.cat([self.net(normalize(b.to(self.device))).cpu() for b in batches])
+        logits = torch.cat([self.net(normalize(b.to(self.device))).cpu() for b in batches])
+        if not logits.isfinite().all():
+            raise runs.CheckpointError(f"{self.checkpoint.path}: its logits are not all finite")
+        return logits
 
     @torch.no_grad()
     def maps(self, index: list[int]) -> Tensor:
@@ -191,17 +195,21 @@ class Evaluation:
         return loss, ece.item()
 
 
+def _uri(kind: str, write: Callable[[BinaryIO], None]) -> str:
+    """What is written, as an address that holds it."""
+    file = io.BytesIO()
+    write(file)
+    return f"data:image/{kind};base64," + b64encode(file.getvalue()).decode()
+
+
 def _png(image: Tensor) -> str:
-    """A picture (3, H, W) uint8 as a data URI."""
-    content = bytes(encode_png(image.contiguous()).numpy())
-    return "data:image/png;base64," + b64encode(content).decode()
+    """A picture (3, H, W) uint8."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return _uri("png", lambda file: Image.fromarray(pixels).save(file, "PNG"))
 
 
 def _svg(figure: Figure) -> str:
-    """A figure as a data URI."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + b64encode(file.getvalue()).decode()
+    return _uri("svg+xml", lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
 
 
 def _cards(index: Tensor, *nets: Evaluation, maps: bool = False) -> list[dict[str, object]]:
@@ -291,7 +299,7 @@ def _one(e: Evaluation) -> dict[str, object]:
         "group_acc": sum(row["group"] * row["n"] for row in superclasses) / e.n,
         "pairs": _pairs(e),
         "mistakes": _cards(_surest(e, ~e.right, 12), e, maps=True),
-        "chance": _cards(figures.some(e.n), e, maps=True),
+        "random": _cards(figures.some(e.n), e, maps=True),
         "by_class": _svg(figures.by_class({e.name: e.by_class}, names, groups, e.title)),
         "reliability": _svg(figures.reliability(confidences, e.title)),
         "confusion": _svg(figures.confusion(e.matrix, names, groups, e.title)),
@@ -332,21 +340,21 @@ def _two(a: Evaluation, b: Evaluation) -> dict[str, object]:
 
 
 def report(
+    a: str = "best",
+    b: str | None = None,
     data_dir: str | None = None,
     split: Literal["test", "val"] = "test",
     out: str | None = None,
-    a: str = "best",
-    b: str | None = None,
 ) -> Path:
     """Write a page about a checkpoint, or comparing two on the same pictures.
 
     Args:
+        a: best, last, pretrained, a checkpoint file, or a run folder (its best.ckpt).
+        b: another one, to compare it with.
         data_dir: folder with the data set; without it the run's own.
         split: test, or val for the validation pictures.
         out: the HTML file; without it, report.html in the run's folder, or of two checkpoints
             report_against_B.html in A's.
-        a: the checkpoint.
-        b: another one, to compare it with.
 
     Returns:
         The file.
@@ -383,7 +391,11 @@ def report(
         evaluations=evaluations,
         e=first,
         curves={
-            x.key: _svg(figures.curves(x.rows, x.name, upright=True)) for x in evaluations if x.rows
+            x.key: _svg(
+                figures.curves(x.rows, f"{x.key}: {x.name}" if rest else x.name, upright=True)
+            )
+            for x in evaluations
+            if x.rows
         },
         colours={"right": figures.BLUE, "wrong": figures.VERMILION},
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -410,11 +422,9 @@ def main(args: list[str]) -> None:
     """Run the command."""
     cli.prepare()
     parser = cli.Parser(prog="allconv report", description=report.__doc__.splitlines()[0])
-    for name, default, text in (
-        ("a", "best", "A run folder or a checkpoint: best, last, pretrained or a file."),
-        ("b", None, "Another one, to compare A with."),
-    ):
-        parser.add_argument(name, nargs="?", default=default, type=str | None, help=text)
+    text = "Best, last, pretrained, a checkpoint file, or a run folder (its best.ckpt)."
+    parser.add_argument("a", nargs="?", default="best", help=text)
+    parser.add_argument("b", nargs="?", type=str | None, help="Another one, to compare a with.")
     parser.add_function_arguments(report, skip={"a", "b"})
     try:
         path = report(**parser.parse_args(args).as_dict())

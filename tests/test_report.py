@@ -71,11 +71,11 @@ def pages(finished_run, tmp_path_factory):
 def test_the_page_of_a_run_says_what_test_says(pages):
     page = check_self_contained(pages[0])
     found = json.loads(pages[0].with_name("test.json").read_text())
-    assert f"{100 * found['test/acc']:.2f} % right" in page.text
+    assert f"{100 * found['test/acc']:.2f} % accuracy" in page.text
     assert f"{100 * found['test/top5']:.2f} %" in page.text
     assert f"{found['test/loss']:.4f}" in page.text
     assert f"{round(1000 * found['test/acc'])} of 1,000 test pictures" in page.text
-    assert "not CIFAR-100" in page.text.split("% right")[0]
+    assert "not CIFAR-100" in page.text.split("% accuracy")[0]
     for part in ("best.ckpt", "highest validation accuracy", "95 % interval", "errors stay inside",
                  "Confused pairs", "most confident mistakes", "temperature", "max_epochs: 3",
                  "red disc"):  # fmt: skip
@@ -92,9 +92,7 @@ def test_the_page_of_two_counts_every_picture(pages):
         int, re.search(r"A right\s+(\d+)\s+(\d+)\s+A wrong\s+(\d+)\s+(\d+)", page.text).groups()
     )
     assert both + only_a + only_b + neither == 800
-    assert (
-        f"A is right on {(both + only_a) / 8:.2f} %, B on {(both + only_b) / 8:.2f} %" in page.text
-    )
+    assert f"accuracy of {(both + only_a) / 8:.2f} %, B of {(both + only_b) / 8:.2f} %" in page.text
     assert f"p = {mcnemar(only_a, only_b):.2g}" in page.text
     assert "which here are the pictures reported as well" in page.text
 
