@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "write a trained net as .onnx or .safetensors, with what is known of it",
     "runs": "list the runs and their figures; runs that differ in their seed alone are summed up",
     "predict": "classify your own pictures, files or folders, and show where the net looked",
+    "report": "write report.html about a checkpoint, or compare two: report A B",
     "bench": "measure training, evaluation, input pipeline and start-up on this machine",
 }
 

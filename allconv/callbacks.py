@@ -276,8 +276,7 @@ class Predictions(Callback):
     def _draw(self, trainer: Trainer, split: str, matrix: Tensor, title: str):
         data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
         index, labels = self._mine(trainer, split)
-        # the same ten in every epoch and of every net, so that they can be compared
-        some = torch.from_numpy(np.random.RandomState(43).permutation(len(index))[:10])
+        some = figures.some(len(index))
         images = data.sets[split].images[index[some]]
         right, n = matrix.trace().item(), matrix.sum().item()
         title = f"{data.title}, {title}: {100 * right / n:.1f} % of {n:,} pictures right"

@@ -5,11 +5,14 @@ Blue and vermilion are Okabe and Ito's (https://jfly.uni-koeln.de/color/): told 
 
 import math
 
+import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
 
@@ -19,16 +22,22 @@ def readable(name: str) -> str:
     return name.replace("_", " ")
 
 
-def curves(rows: list[dict[str, float]], title: str) -> Figure:
+def some(n: int) -> Tensor:
+    """Numbers of ten of n pictures: the same in every epoch and of every net, to compare them."""
+    return torch.from_numpy(np.random.RandomState(43).permutation(n)[:10])
+
+
+def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> Figure:
     """Cross-entropy and accuracy over the epochs.
 
     Args:
         rows: a run's metrics, one dict an epoch, with the project's metric names.
         title: what the run was.
+        upright: one above the other, for a narrow page.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(5, 6.5) if upright else (10, 4), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(*((2, 1) if upright else (1, 2)))
 
     last = max((row["epoch"] + 1 for row in rows), default=1)
 
@@ -54,8 +63,13 @@ def curves(rows: list[dict[str, float]], title: str) -> Figure:
         axes.set_xlim(0.5, last + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if axes.lines:
-            axes.legend()
+            _legend(axes)
     return figure
+
+
+def _legend(axes) -> None:
+    """Above the axes, where it hides no point."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, frameon=False, fontsize=9)
 
 
 def predictions(
@@ -210,7 +224,7 @@ def classified(
         # beneath it the picture in lighter greys, so that light and dark are more the map's
         grey = {"cmap": "gray", "vmin": -100, "vmax": 255, "interpolation": "nearest"}
         where.imshow(inputs[i].float().mean(0).numpy(), **grey)
-        colors = {"cmap": "cividis", "alpha": 0.55, "interpolation": "bilinear"}
+        colors = {"cmap": "viridis", "alpha": 0.55, "interpolation": "bilinear"}
         shown = where.imshow(maps[i].numpy(), extent=(-0.5, 31.5, 31.5, -0.5), **colors)
         where.set_title(f"where it saw: {readable(names[0])}", fontsize=9)
         where.set_xlabel(f"mean {maps[i].mean():.1f} = its logit", fontsize=9)
@@ -224,3 +238,87 @@ def classified(
         bars.tick_params("y", labelsize=9, length=0)
         bars.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
+
+
+def by_class(shares: dict[str, Tensor], names: tuple[str, ...], groups, title: str) -> Figure:
+    """Accuracy of each class as a dot, and of each group as a bar; the best group is on top.
+
+    Args:
+        shares: (classes,) fractions right of one net, or of two under their names.
+        names: class names in that order.
+        groups: group names with the class names in them.
+        title: what was evaluated.
+    """
+    members = {group: [names.index(name) for name in groups[group]] for group in groups}
+    first = next(iter(shares.values()))
+    order = sorted(members, key=lambda group: first[members[group]].mean())
+    figure = Figure(figsize=(5, 6.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    for (label, of_net), color, mark in zip(shares.items(), (BLUE, VERMILION), "os", strict=False):
+        shift = 0.17 * (mark == "o") - 0.17 * (mark == "s") if len(shares) > 1 else 0
+        for y, group in enumerate(order):
+            found = 100 * of_net[members[group]]
+            label = label if y == 0 else None
+            axes.plot(found, [y + shift] * len(found), mark, ms=4, alpha=0.6, c=color, label=label)
+            axes.plot(found.mean(), y + shift, "|", ms=11, mew=2.5, c=color)
+    axes.set_yticks(range(len(order)), [readable(group) for group in order], fontsize=9)
+    axes.set(xlabel="right (%)", xlim=(-2, 102), ylim=(-0.6, len(order) - 0.4))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(shares) > 1:
+        _legend(axes)
+    return figure
+
+
+def reliability(answers: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure:
+    """How often answers of a confidence are right, in 15 bins of equal width, and how many are.
+
+    Args:
+        answers: (N,) probabilities of the answers, and (N,) whether they are right; of one series
+            or of two, under their names.
+        title: what was evaluated.
+    """
+    bins = 15
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 100], [0, 100], "--", color=GREY, label="ideal")
+    series = zip(answers.items(), (BLUE, VERMILION), ("o-", "s-"), strict=False)
+    for (label, (confidence, right)), color, style in series:
+        cells = (confidence * bins).long().clamp(max=bins - 1)
+        counts = cells.bincount(minlength=bins)
+        sure, correct = (
+            100 * cells.bincount(values.double(), bins) / counts for values in (confidence, right)
+        )
+        enough = counts >= 10  # of fewer, the share is chance
+        line = {"ms": 5, "color": color, "label": label, "clip_on": False}
+        top.plot(sure[enough], correct[enough], style, **line)
+        bottom.stairs(counts, torch.linspace(0, 100, bins + 1), color=color, lw=1.8)
+    top.set(ylabel="right (%)", ylim=(0, 100), xlim=(0, 100))
+    _legend(top)
+    bottom.set(xlabel="confidence (%)", ylabel="pictures")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def overlay(image: Tensor, evidence: Tensor, top: float) -> Tensor:
+    """A picture in grey under the map of a class: dark blue is none, yellow the most.
+
+    Args:
+        image: (3, H, W) uint8.
+        evidence: (h, w) the class's map.
+        top: evidence that is shown as the most.
+
+    Returns:
+        (3, 4H, 4W) uint8.
+    """
+    size = [4 * n for n in image.shape[1:]]
+    grey = interpolate(image.float().mean(0)[None, None], size)[0, 0] / 255
+    share = (evidence.float() / top).clamp(0, 1)[None, None]
+    share = interpolate(share, size, mode="bilinear")[0, 0]
+    colours = torch.from_numpy(colormaps["viridis"](share.numpy())[..., :3]).float()
+    mixed = 0.35 * grey[..., None] + 0.65 * colours
+    return (255 * mixed).round().to(torch.uint8).permute(2, 0, 1)

@@ -76,8 +76,7 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
-        facts: what it says of its data (demo, split), and a packaged file of itself (classes,
-            recipe, figures).
+        facts: what it says of its data (demo, split); packaged, also classes, recipe, figures.
     """
 
     path: Path
@@ -146,7 +145,7 @@ def find_checkpoint(name: str, logs: Path, key: str = "ckpt_path") -> Path:
             return path
     raise CheckpointError(
         f"{key} is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
-        "train one (python -m allconv fit) or give a file (--ckpt_path FILE)"
+        "train one (python -m allconv fit) or name a file instead"
     )
 
 
