@@ -22,21 +22,12 @@ def load(name: str = "pretrained"):
         allconv.runs.CheckpointError: there is no such checkpoint, or it is of another net.
     """
     # here, so that importing allconv (for --help, say) does not import torch
-    import inspect
     from pathlib import Path
 
-    import torch
-
     from allconv import data, demo, pictures, runs
-    from allconv.model import AllCNN
 
     checkpoint = runs.load(runs.find_checkpoint(str(name), Path(runs.LOGS), "name"))
-    known = inspect.signature(AllCNN).parameters
-    net = AllCNN(**{key: value for key, value in checkpoint.hparams.items() if key in known})
-    try:
-        net.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        raise runs.CheckpointError(f"{checkpoint.path}: {error}") from None
+    net = runs.net_of(checkpoint)
     net.classes = demo.CLASSES if checkpoint.facts.get("demo") else data.CLASSES
     net.preprocess = pictures.preprocess
-    return net.to(memory_format=torch.channels_last).eval()
+    return net

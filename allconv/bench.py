@@ -371,18 +371,13 @@ def _pipelines(samples: Samples, data: CIFAR100, repeats: int, device: torch.dev
 
 def main(args: list[str]) -> None:
     """Run the command: prints a table, or with `--json` the figures, or writes them to a file."""
-    cli.prepare()
     parser = cli.Parser(prog="allconv bench", description=bench.__doc__.splitlines()[0])
     parser.add_function_arguments(bench)
     parser.add_argument("--json", nargs="?", const="-", help="File for the figures; - prints them.")
     given = parser.parse_args(args).as_dict()
     path = given.pop("json")
-    try:
+    with cli.command():
         result = bench(**given)
-    except cli.USER_ERRORS as error:
-        cli.fail(1, error)
-    except ValueError as error:
-        cli.fail(2, error)
     if path:
         text = json.dumps(result, indent=2)
         print(text) if path == "-" else Path(path).write_text(text + "\n")

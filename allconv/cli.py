@@ -1,6 +1,7 @@
 """The one place where the parts meet: LightningCLI for fit, validate and test."""
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import json
@@ -333,19 +334,35 @@ def prepare() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run a command; what the user can mend becomes one line, everything else a traceback."""
+@contextlib.contextmanager
+def command(*failures: type[Exception], usage: type[Exception] | tuple = ValueError):
+    """What a command runs in: what the user can mend becomes one line; the rest, a traceback.
+
+    Args:
+        failures: errors of this command alone that end it with exit code 1.
+        usage: errors that end it with 2.
+    """
     prepare()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        CLI(args)
-    except USER_ERRORS as error:
+        yield
+        sys.stdout.flush()
+    except (*USER_ERRORS, *failures) as error:
         fail(1, error)
+    except usage as error:
+        fail(2, error)
+    except BrokenPipeError:  # the reader, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if not error.filename:
             raise
         fail(1, f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except MisconfigurationException as error:  # Lightning's word for what it is asked in vain
-        fail(2, error)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run fit, validate or test."""
+    with command(usage=MisconfigurationException):  # Lightning's word for what it cannot do
+        CLI(args)

@@ -6,7 +6,6 @@ The package's own `pretrained.safetensors` is made by this command.
 
 import inspect
 import json
-import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,11 +44,7 @@ def export(out: str, ckpt_path: str = "best") -> None:
         raise ValueError(f"out is {out}: its ending must be {' or '.join(writers)}")
     checkpoint = runs.load(runs.find_checkpoint(ckpt_path, Path(runs.LOGS)))
     facts = describe(checkpoint)
-    net = AllCNN(**facts["hparams"]).eval()
-    try:
-        net.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        raise runs.CheckpointError(f"{checkpoint.path}: {error}") from None
+    net = runs.net_of(checkpoint)
     beside = path.with_name(path.name + ".writing")
     try:
         after = writers[path.suffix](net, facts, beside)
@@ -73,16 +68,16 @@ def describe(checkpoint: runs.Checkpoint) -> dict[str, object]:
     Raises:
         CheckpointError: it does not tell of what net and data it is, as weights alone.
     """
-    if checkpoint.facts:
+    if checkpoint.bare and checkpoint.facts:
         return checkpoint.facts
-    saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
-    if checkpoint.bare or "CIFAR100" not in saved:
+    if not checkpoint.facts:
         raise runs.CheckpointError(
             f"{checkpoint.path}: does not tell of what net and data it is; "
             "export the checkpoint of a run"
         )
     arguments = inspect.signature(AllCNN).parameters.items()
-    data, run = saved["CIFAR100"], checkpoint.run
+    saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True, mmap=True)
+    data, run = checkpoint.facts, checkpoint.run
     rows = runs.read_metrics(run) if run else []
     # written by training when it saved this checkpoint
     row = next((r for r in rows if "val/acc" in r and r["step"] == checkpoint.step - 1), {})
@@ -175,14 +170,7 @@ def _difference(net: AllCNN, path: Path, batch: int) -> float:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    cli.prepare()
     parser = cli.Parser(prog="allconv export", description=export.__doc__.splitlines()[0])
     parser.add_function_arguments(export)
-    try:
+    with cli.command(ExportError):
         export(**parser.parse_args(args).as_dict())
-    except (*cli.USER_ERRORS, ExportError, OSError) as error:
-        cli.fail(1, error)
-    except ValueError as error:
-        cli.fail(2, error)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -128,18 +128,19 @@ def main(args: list[str]) -> None:
     parser.add_argument("--logs", default=runs.LOGS, help="Folder of the runs.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args(args)
-    logs = Path(given.logs)
-    folders = [run for run in logs.iterdir() if runs.number(run) >= 0] if logs.is_dir() else []
-    if not folders:
-        cli.fail(1, f"no runs in {logs.absolute()}; make one: python -m allconv fit")
-    rows = sorted(map(describe, folders), key=lambda row: row["number"])
-    rows.sort(key=lambda row: _rank(row[given.sort]))
-    groups = sum_up(rows, logs)
-    if given.json:
-        print(json.dumps({"runs": rows, "seeds": groups}, indent=2))
-        return
-    _print(rows)
-    if groups:
-        print("\nover seeds, mean ± standard deviation:")
-        _print(groups)
-    print(f"\ncurves: tensorboard --logdir {logs}")
+    with cli.command(usage=()):
+        logs = Path(given.logs)
+        folders = [run for run in logs.iterdir() if runs.number(run) >= 0] if logs.is_dir() else []
+        if not folders:
+            cli.fail(1, f"no runs in {logs.absolute()}; make one: python -m allconv fit")
+        rows = sorted(map(describe, folders), key=lambda row: row["number"])
+        rows.sort(key=lambda row: _rank(row[given.sort]))
+        groups = sum_up(rows, logs)
+        if given.json:
+            print(json.dumps({"runs": rows, "seeds": groups}, indent=2))
+            return
+        _print(rows)
+        if groups:
+            print("\nover seeds, mean ± standard deviation:")
+            _print(groups)
+        print(f"\ncurves: tensorboard --logdir {logs}")

@@ -5,7 +5,6 @@ Pictures are read, classified and forgotten in batches: thousands need no more m
 
 import csv
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -204,25 +203,10 @@ def _draw(sheet: list[tuple[str, Answer]], known: str):
 
 def main(args: list[str]) -> None:
     """Run the command; exits with 1 if a picture was left out."""
-    cli.prepare()
     parser = cli.Parser(prog="allconv predict", description=predict.__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="PICTURE", help="Files and folders.")
     parser.add_function_arguments(predict, skip={"names"})
-    try:
+    with cli.command():
         skipped = predict(**parser.parse_args(args).as_dict())
-        sys.stdout.flush()
-    except cli.USER_ERRORS as error:
-        cli.fail(1, error)
-    except ValueError as error:
-        cli.fail(2, error)
-    except BrokenPipeError:  # the reader, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if not error.filename:
-            raise
-        cli.fail(1, f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     if skipped:
         sys.exit(1)

@@ -3,7 +3,6 @@
 Everything is counted from the logits of one pass over the pictures; `report.html.j2` is the page.
 """
 
-import inspect
 import io
 import math
 import platform
@@ -155,19 +154,14 @@ class Evaluation:
             raise runs.CheckpointError(f"{run or self.checkpoint.path}: {error}") from None
 
     def _net(self) -> AllCNN:
-        checkpoint, known = self.checkpoint, inspect.signature(AllCNN).parameters
-        net = AllCNN(**{key: value for key, value in checkpoint.hparams.items() if key in known})
-        try:
-            net.load_state_dict(checkpoint.weights)
-        except RuntimeError as error:
-            raise runs.CheckpointError(f"{checkpoint.path}: {error}") from None
+        net = runs.net_of(self.checkpoint)
         found, wanted = net.conv9[0].out_channels, len(self.data.class_names)
         if found != wanted:
             raise runs.CheckpointError(
-                f"{checkpoint.path}: has {found} classes, but {self.data.title} has {wanted}"
+                f"{self.checkpoint.path}: has {found} classes, but {self.data.title} has {wanted}"
             )
         self.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return net.eval().to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device)
 
     @torch.no_grad()
     def _logits(self, split: str) -> Tensor:
@@ -420,20 +414,11 @@ def report(
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    cli.prepare()
     parser = cli.Parser(prog="allconv report", description=report.__doc__.splitlines()[0])
     text = "Best, last, pretrained, a checkpoint file, or a run folder (its best.ckpt)."
     parser.add_argument("a", nargs="?", default="best", help=text)
     parser.add_argument("b", nargs="?", type=str | None, help="Another one, to compare a with.")
     parser.add_function_arguments(report, skip={"a", "b"})
-    try:
+    with cli.command(usage=()):
         path = report(**parser.parse_args(args).as_dict())
-    except cli.USER_ERRORS as error:
-        cli.fail(1, error)
-    except OSError as error:
-        if not error.filename:
-            raise
-        cli.fail(1, f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    print(f"written: {path}; open it with a browser")
+        print(f"written: {path}; open it with a browser")

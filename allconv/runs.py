@@ -5,6 +5,7 @@ A run is `lightning_logs/version_N/`: config.yaml, metrics.csv, TensorBoard even
 """
 
 import csv
+import inspect
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from allconv.model import width_of
+from allconv.model import AllCNN, width_of
 
 LOGS = "lightning_logs"
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
@@ -192,7 +193,24 @@ def _load_packaged(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not weights that can be read ({error})") from None
     if not (isinstance(facts, dict) and "hparams" in facts and "conv1.0.weight" in weights):
         raise CheckpointError(f"{path}: no weights packaged by python -m allconv export")
-    return Checkpoint(path, facts["hparams"], weights, bare=True, epoch=facts["epoch"], facts=facts)
+    return Checkpoint(
+        path, facts["hparams"], weights, bare=True, epoch=facts.get("epoch"), facts=facts
+    )
+
+
+def net_of(checkpoint: Checkpoint) -> AllCNN:
+    """The net of a checkpoint, on the CPU in eval mode, channels last.
+
+    Raises:
+        CheckpointError: the weights are of another net.
+    """
+    known = inspect.signature(AllCNN).parameters
+    net = AllCNN(**{key: value for key, value in checkpoint.hparams.items() if key in known})
+    try:
+        net.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    return net.to(memory_format=torch.channels_last).eval()
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
