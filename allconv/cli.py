@@ -24,6 +24,12 @@ from allconv.data import CIFAR100, DataError, normalize
 from allconv.task import Classifier
 
 USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
+# may be others when a run goes on, without a word
+FREE = {
+    *("config", "ckpt_path", "init", "data.data_dir", "trainer.max_steps", "trainer.max_time"),
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.limit_test_batches"),
+    *("trainer.log_every_n_steps", "trainer.profiler"),
+}
 
 
 class Parser(LightningArgumentParser):
@@ -197,6 +203,7 @@ class CLI(LightningCLI):
             always += [
                 callbacks.NetSummary(max_depth=2),
                 callbacks.EpochSeed(),
+                callbacks.WholeEpochs(),
                 callbacks.StopWhenDiverged(),
                 callbacks.Progress(bar),
             ]
@@ -226,6 +233,11 @@ class CLI(LightningCLI):
         done, epochs = self.checkpoint and self.checkpoint.epoch, self.trainer.max_epochs
         if done and 0 <= epochs <= done:
             fail(2, f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
+        scheduled = config.model.warmup is not None or config.data.sizes  # over max_epochs
+        if epochs < 0 and scheduled:
+            fail(2, "model.warmup and data.sizes are shares of trainer.max_epochs: give a number")
+        if self.checkpoint and self.checkpoint.run and self.trainer.is_global_zero:
+            self._say_what_changed(FREE if scheduled else {*FREE, "trainer.max_epochs"})
         if self.trainer.fast_dev_run:
             return
         run, step = Path(runs.LOGS, "version_0"), None  # the other processes write nothing
@@ -238,6 +250,14 @@ class CLI(LightningCLI):
             run = resumed or runs.claim(self._logs(config))
             step = self.checkpoint and self.checkpoint.step
         self.trainer.loggers = runs.loggers(run, step)
+
+    def _say_what_changed(self, free: set[str]) -> None:
+        """Name each key, but for free ones, that is not as in the config.yaml of the run."""
+        before, now = self._subcommand_parsers["fit"].get_defaults(), self.config.fit
+        keys = [key for key in now.keys() if key not in free and now[key] != before.get(key)]
+        if keys:
+            changes = ", ".join(f"{key} from {before.get(key)} to {now[key]}" for key in keys)
+            print(f"changed: {changes}; it is no longer bitwise the run that began", flush=True)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""

@@ -448,7 +448,9 @@ class CIFAR100(LightningDataModule):
         if h.crop:
             images = augment.crop(images, h.crop)  # torch's generator: seeded every epoch
         images = normalize(images)
-        done = trainer.global_step / trainer.estimated_stepping_batches if h.sizes else 1
+        # of max_epochs, as the rate's schedule: max_steps may stop the run and does not change it
+        steps = trainer.max_epochs * trainer.num_training_batches
+        done = trainer.global_step * trainer.accumulate_grad_batches / steps
         size = next((size for share, size in h.sizes if done < share), 32)
         return (augment.resize(images, size) if size < 32 else images), labels
 

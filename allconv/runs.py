@@ -8,6 +8,7 @@ import csv
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ RESUMABLE = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another net."""
+    """A checkpoint, or a file beside it, is missing, damaged or of another net."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -146,6 +147,8 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: it cannot be read, or is of another net.
     """
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{damaged} is damaged")  # torch.load looks at no checksum
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -171,12 +174,26 @@ def load(path: Path) -> Checkpoint:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv; what a row does not have is left out of it."""
-    path = run / "metrics.csv"
+    """The rows of a run's metrics.csv; what a row does not have is left out of it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path, rows = run / "metrics.csv", []
     if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return rows
+    try:
+        text = path.read_text("utf-8")
+        for row in csv.DictReader(text.splitlines()):
+            if None in row.values() and not text.endswith("\n"):
+                break  # a full disk cut the last row off
+            numbers = {key: float(value) for key, value in row.items() if value != ""}
+            rows.append(numbers | {key: int(numbers[key]) for key in ("epoch", "step")})
+    except (csv.Error, KeyError, OverflowError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: row {len(rows) + 1} is not one of numbers; mend it, or move the file away"
+        ) from None
+    return rows
 
 
 def best_row(run: Path) -> dict[str, float] | None:
@@ -204,8 +221,7 @@ def loggers(run: Path, resume_step: int | None) -> list[Logger]:
         metrics.replace(copy)
         for row in kept:
             if row["step"] < resume_step:
-                step = int(row.pop("step"))
-                table.experiment.log_metrics({**row, "epoch": int(row["epoch"])}, step)
+                table.experiment.log_metrics(row, row["step"])
         table.save()
         copy.unlink()
     purge = {} if resume_step is None else {"purge_step": resume_step}
