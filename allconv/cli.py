@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from allconv.data import CIFAR100, DataError, normalize
 from allconv.task import Classifier
 
 USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
+thread_failed = threading.excepthook
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # may be others when a run goes on, without a word
 FREE = {
     *("config", "ckpt_path", "init", "data.data_dir", "trainer.max_steps", "trainer.max_time"),
@@ -253,10 +257,13 @@ class CLI(LightningCLI):
 
     def _say_what_changed(self, free: set[str]) -> None:
         """Name each key, but for free ones, that is not as in the config.yaml of the run."""
-        before, now = self._subcommand_parsers["fit"].get_defaults(), self.config.fit
-        keys = [key for key in now.keys() if key not in free and now[key] != before.get(key)]
-        if keys:
-            changes = ", ".join(f"{key} from {before.get(key)} to {now[key]}" for key in keys)
+        before = self._subcommand_parsers["fit"].get_defaults()
+        changes = ", ".join(
+            f"{key} from {before.get(key)} to {value}"
+            for key, value in self.config.fit.items()
+            if key not in free and value != before.get(key)
+        )
+        if changes:
             print(f"changed: {changes}; it is no longer bitwise the run that began", flush=True)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
@@ -333,6 +340,8 @@ def prepare() -> None:
     an evaluation in batches of 500.
     """
     _quieten()
+    # TensorBoard's thread hands a disk's error on to the next call, and prints it as well
+    threading.excepthook = lambda thread: thread.exc_type is OSError or thread_failed(thread)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back
@@ -346,10 +355,13 @@ def main(args: list[str] | None = None) -> None:
         CLI(args)
     except USER_ERRORS as error:
         fail(1, error)
-    except OSError as error:
-        if not error.filename:
-            raise
-        fail(1, f"{error.filename}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error  # Lightning's logger makes any error a ValueError
+        if getattr(cause, "filename", None):
+            fail(1, f"{cause.filename}: {cause.strerror}")
+        if getattr(cause, "errno", None) in DISK_ERRORS:
+            fail(1, f"{cause.strerror}: make room; a run goes on with fit --ckpt_path last")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except MisconfigurationException as error:  # Lightning's word for what it is asked in vain

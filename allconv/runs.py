@@ -55,6 +55,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             beside.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer makes disk errors RuntimeErrors
             beside.unlink(missing_ok=True)
+            while error.__context__:
+                error = error.__context__  # and hide what the disk said
             raise CheckpointError(
                 f"{path}: cannot be written ({error}); the one before is kept"
             ) from None

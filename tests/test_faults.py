@@ -17,18 +17,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from allconv.__main__ import main
 
 KILLS = int(os.environ.get("ALLCONV_KILLS", 3))
-KILLS_OF_A_RUN = 10
+KILLS_OF_A_RUN = 8
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 # all that fast.yaml uses, and dropout
 FIT = [
     *("fit", "--config", str(REPO / "configs/fast.yaml"), "--model.dropout", "0.1"),
-    *"--data.demo true --model.width 4 --trainer.max_epochs 12".split(),
-    *"--trainer.limit_train_batches 6".split(),
+    *"--data.demo true --model.width 4 --trainer.max_epochs 10".split(),
+    *"--trainer.limit_train_batches 4".split(),
 ]
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
-# what is there while a checkpoint is written, and while a resumed run writes its table anew
-FILES = {"writing": "checkpoints/last.ckpt.writing", "table": "metrics.before-resume.csv"}
+# calls within which a process strikes itself: a checkpoint's file is opened, written, about to take
+# the old one's place; rows of metrics.csv are written
+CALLS = ("torch.save", "os.fsync", "os.replace", "csv.DictWriter.writerows")
+START = """
+import csv, os, sys, torch
+from allconv import __main__
+def struck(*args, left=[{count}], normal={call}, **kwargs):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), {number})
+    return normal(*args, **kwargs)
+{call} = struck
+__main__.main(sys.argv[1:])
+"""
 
 
 def scalars(run):
@@ -41,6 +53,11 @@ def scalars(run):
 def rows(run):
     table = run / "metrics.csv"
     return max(0, len(table.read_text().splitlines()) - 1) if table.exists() else 0
+
+
+def leftovers():
+    """What a kill may leave, for the next start to clear."""
+    return [*RUN.rglob("*.writing"), *RUN.glob("metrics.before-resume.csv")]
 
 
 def same(found, expected):
@@ -60,21 +77,21 @@ def same(found, expected):
     )
 
 
-def strike(running, moment, number, rng):
-    """Send a signal at a random moment of training, or as soon as one of FILES is there."""
-    said = ""
-    if moment == "training":
-        while "run folder" not in (line := running.stdout.readline()):
-            assert line, said
-            said += line
-        for _ in range(rng.randint(0, 2)):  # epochs; at the end of the output no more lines
-            running.stdout.readline()
-        time.sleep(rng.uniform(0, 0.4))
-    else:
-        while not (RUN / FILES[moment]).exists() and running.poll() is None:
-            pass
+def strike(args, moment, number, rng):
+    """Start a command that gets a signal, within a call or at any moment of training."""
+    if moment != "training":
+        code = START.format(call=moment, count=rng.randint(1, 4), number=int(number))
+        running = process(*args, code=code)
+        return running, running.communicate(timeout=600)[0]
+    running, said = process(*args), ""
+    while "run folder" not in (line := running.stdout.readline()):
+        assert line, said
+        said += line
+    for _ in range(rng.randint(0, 2)):  # epochs; at the end of the output no more lines
+        running.stdout.readline()
+    time.sleep(rng.uniform(0, 0.4))
     running.send_signal(number)
-    return said + running.communicate(timeout=600)[0]
+    return running, said + running.communicate(timeout=600)[0]
 
 
 def test_killed_at_random_moments(own_folder, monkeypatch):
@@ -91,12 +108,8 @@ def test_killed_at_random_moments(own_folder, monkeypatch):
         args, done, code = FIT, 0, None
         numbers = [rng.choice([*ENDS]) for _ in range(min(KILLS_OF_A_RUN, KILLS - kills))]
         for number in numbers:
-            moments = ["training", "training", "writing"]
-            if rows(RUN) and not (RUN / FILES["table"]).exists():
-                moments.append("table")
-            moment = rng.choice(moments)
-            running = process(*args)
-            said = strike(running, moment, number, rng)
+            moment = rng.choice(["training", "training", *CALLS])
+            running, said = strike(args, moment, number, rng)
             code = running.returncode
             if code == 0:  # struck too late
                 break
@@ -104,12 +117,12 @@ def test_killed_at_random_moments(own_folder, monkeypatch):
             content = torch.load(LAST, weights_only=True)
             epochs = content["epoch"] + (content["global_step"] > 0)
             lost = rows(RUN) - epochs
-            left = [name for name in FILES.values() if (RUN / name).exists()]
+            left = [path.name for path in leftovers()]
             what = f"run {runs}, kill {kills}: {number.name} in {moment}, ended with {code}, "
             what += f"{epochs} epochs in last.ckpt, {rows(RUN)} in metrics.csv, left {left}"
             print(what, flush=True)
-            # before training it is the system's own handler that ends the process
-            assert code == ENDS[number] or (moment == "table" and code == -number), what + said
+            # before training the system's own handler ends the process
+            assert code == ENDS[number] or (moment != "training" and code == -number), what + said
             assert "Traceback" not in said, what + said
             assert done <= epochs, what
             assert lost <= 1, what
@@ -124,5 +137,5 @@ def test_killed_at_random_moments(own_folder, monkeypatch):
             assert same(RUN / f"checkpoints/{name}.ckpt", whole / f"checkpoints/{name}.ckpt"), seed
         assert (RUN / "metrics.csv").read_text() == (whole / "metrics.csv").read_text(), seed
         assert scalars(RUN) == scalars(whole), seed
-        assert not [path for path in map(RUN.joinpath, FILES.values()) if path.exists()], seed
+        assert not leftovers(), seed
     print(f"{kills} kills in {runs} runs: {dict(count)}")
