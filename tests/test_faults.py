@@ -24,7 +24,7 @@ LAST = RUN / "checkpoints/last.ckpt"
 FIT = [
     *("fit", "--config", str(REPO / "configs/fast.yaml"), "--model.dropout", "0.1"),
     *"--data.demo true --model.width 4 --trainer.max_epochs 10".split(),
-    *"--trainer.limit_train_batches 4".split(),
+    *"--trainer.limit_train_batches 4 --data.data_dir ../data".split(),
 ]
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 # calls within which a process strikes itself: a checkpoint's file is opened, written, about to take
@@ -80,7 +80,8 @@ def same(found, expected):
 def strike(args, moment, number, rng):
     """Start a command that gets a signal, within a call or at any moment of training."""
     if moment != "training":
-        code = START.format(call=moment, count=rng.randint(1, 4), number=int(number))
+        first = 1 + (args is FIT)  # training begins with the first checkpoint
+        code = START.format(call=moment, count=rng.randint(first, 4), number=int(number))
         running = process(*args, code=code)
         return running, running.communicate(timeout=600)[0]
     running, said = process(*args), ""
