@@ -211,12 +211,12 @@ def split_indices(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndar
         seed: of this split alone.
 
     Raises:
-        ValueError: `val_size` cannot be taken in equal parts from every class.
+        DataError: `val_size` cannot be taken in equal parts from every class.
     """
     classes, counts = np.unique(labels, return_counts=True)
     each, rest = divmod(val_size, len(classes))
     if rest or not 0 < each < counts.min():
-        raise ValueError(
+        raise DataError(
             f"data.val_size is {val_size}: it must be a multiple of {len(classes)} from "
             f"{len(classes)} to {len(classes) * (counts.min() - 1)}"
         )
