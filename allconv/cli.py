@@ -318,6 +318,9 @@ def _quieten() -> None:
     """Leave out what Lightning says and Progress says better, and warnings that are no news."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # says which process failed before it ends the others
+    launcher = "lightning.fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
     for message in (
         "Experiment logs directory .* exists",  # the run's folder; runs.loggers keeps its rows
         "Checkpoint directory .* exists",  # of a run that goes on

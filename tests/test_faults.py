@@ -244,6 +244,7 @@ def test_a_full_disk_is_one_line(size, what, own_folder):
     assert running.returncode == 1, said
     assert "Traceback" not in said
     assert what in said.splitlines()[-1]
+    assert "File too large" in said.splitlines()[-1]
     if LAST.exists():
         assert torch.load(LAST, weights_only=True)["epoch"] == 1  # the third met the limit
         main(["fit", "--ckpt_path", "last"])
