@@ -53,8 +53,17 @@ class EpochSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+class WholeEpochs(Callback):
+    """Hides from all callbacks after it the epoch that LastCheckpoint broke off."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run here instead."""
+        if not trainer.is_last_batch:
+            raise StopIteration
+
+
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: from before the first step on, then after every epoch.
+    """Keeps `last.ckpt`: from before the first step on, then after every whole epoch.
 
     Being a `Checkpoint`, it comes after the module and the other callbacks, when the epoch has
     been validated and logged.
@@ -64,6 +73,14 @@ class LastCheckpoint(Checkpoint):
         """Save the state that a new run begins with."""
         if trainer.global_step == 0:
             self.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        """Break off an epoch in which max_steps or max_time ends the run: no validation, no files.
+
+        Resumed from within an epoch, a run would not be the one that never stopped.
+        """
+        if trainer.fit_loop.epoch_loop.done and not trainer.is_last_batch:
+            raise StopIteration  # what Lightning's loops end by
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state after an epoch."""
@@ -165,16 +182,22 @@ class Progress(Callback):
         run = run_folder(trainer)
         if not trainer.is_global_zero or not run:
             return
+        whole, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
+        if not trainer.is_last_batch:
+            print(
+                f"stopped in epoch {whole + 1} at step {trainer.global_step}: last.ckpt is of "
+                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last} "
+                "--trainer.max_steps -1 --trainer.max_time null"
+            )
         best = best_row(run)
         if best:
             print(
-                f"best epoch {best['epoch'] + 1:.0f} of {trainer.current_epoch} on "
+                f"best epoch {best['epoch'] + 1:.0f} of {whole} on "
                 f"{trainer.datamodule.title}: val/acc {best['val/acc']:.4f}, "
                 f"top 5 {best['val/top5']:.4f}, loss {best['val/loss']:.4f}"
             )
         # without validation there is no best
-        names = [run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
-        checkpoint = next(path for path in names if path.is_file())
+        checkpoint = next(p for p in (last.with_name("best.ckpt"), last) if p.is_file())
         print(
             f"run folder: {run}\n"
             f"next: python -m allconv test --ckpt_path {checkpoint}\n"

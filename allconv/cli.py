@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -25,6 +27,14 @@ from allconv.data import CIFAR100, DataError, normalize
 from allconv.task import Classifier
 
 USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
+thread_failed = threading.excepthook
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# may be others when a run goes on, without a word
+FREE = {
+    *("config", "ckpt_path", "init", "data.data_dir", "trainer.max_steps", "trainer.max_time"),
+    *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.limit_test_batches"),
+    *("trainer.log_every_n_steps", "trainer.profiler"),
+}
 
 
 class Parser(LightningArgumentParser):
@@ -206,6 +216,7 @@ class CLI(LightningCLI):
             always += [
                 callbacks.NetSummary(max_depth=2),
                 callbacks.EpochSeed(),
+                callbacks.WholeEpochs(),
                 callbacks.StopWhenDiverged(),
                 callbacks.Progress(bar),
             ]
@@ -235,6 +246,11 @@ class CLI(LightningCLI):
         done, epochs = self.checkpoint and self.checkpoint.epoch, self.trainer.max_epochs
         if done and 0 <= epochs <= done:
             fail(2, f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
+        scheduled = config.model.warmup is not None or config.data.sizes  # over max_epochs
+        if epochs < 0 and scheduled:
+            fail(2, "model.warmup and data.sizes are shares of trainer.max_epochs: give a number")
+        if self.checkpoint and self.checkpoint.run and self.trainer.is_global_zero:
+            self._say_what_changed(FREE if scheduled else {*FREE, "trainer.max_epochs"})
         if self.trainer.fast_dev_run:
             return
         run, step = Path(runs.LOGS, "version_0"), None  # the other processes write nothing
@@ -247,6 +263,17 @@ class CLI(LightningCLI):
             run = resumed or runs.claim(self._logs(config))
             step = self.checkpoint and self.checkpoint.step
         self.trainer.loggers = runs.loggers(run, step)
+
+    def _say_what_changed(self, free: set[str]) -> None:
+        """Name each key, but for free ones, that is not as in the config.yaml of the run."""
+        before = self._subcommand_parsers["fit"].get_defaults()
+        changes = ", ".join(
+            f"{key} from {before.get(key)} to {value}"
+            for key, value in self.config.fit.items()
+            if key not in free and value != before.get(key)
+        )
+        if changes:
+            print(f"changed: {changes}; it is no longer bitwise the run that began", flush=True)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
@@ -307,6 +334,9 @@ def _quieten() -> None:
     """Leave out what Lightning says and Progress says better, and warnings that are no news."""
     for name in ("lightning.fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # says which process failed before it ends the others
+    launcher = "lightning.fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
     for message in (
         "Experiment logs directory .* exists",  # the run's folder; runs.loggers keeps its rows
         "Checkpoint directory .* exists",  # of a run that goes on
@@ -329,6 +359,8 @@ def prepare() -> None:
     an evaluation in batches of 500.
     """
     _quieten()
+    # TensorBoard's thread hands a disk's error on to the next call, and prints it as well
+    threading.excepthook = lambda thread: thread.exc_type is OSError or thread_failed(thread)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back
@@ -354,10 +386,13 @@ def command(*failures: type[Exception], usage: type[Exception] | tuple = ValueEr
     except BrokenPipeError:  # the reader, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if not error.filename:
-            raise
-        fail(1, f"{error.filename}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error  # Lightning's logger makes any error a ValueError
+        if getattr(cause, "filename", None):
+            fail(1, f"{cause.filename}: {cause.strerror}")
+        if getattr(cause, "errno", None) in DISK_ERRORS:
+            fail(1, f"{cause.strerror}: make room; a run goes on with fit --ckpt_path last")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

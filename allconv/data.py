@@ -212,12 +212,12 @@ def split_indices(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndar
         seed: of this split alone.
 
     Raises:
-        ValueError: `val_size` cannot be taken in equal parts from every class.
+        DataError: `val_size` cannot be taken in equal parts from every class.
     """
     classes, counts = np.unique(labels, return_counts=True)
     each, rest = divmod(val_size, len(classes))
     if rest or not 0 < each < counts.min():
-        raise ValueError(
+        raise DataError(
             f"data.val_size is {val_size}: it must be a multiple of {len(classes)} from "
             f"{len(classes)} to {len(classes) * (counts.min() - 1)}"
         )
@@ -457,7 +457,9 @@ class CIFAR100(LightningDataModule):
         if h.cutmix and torch.rand(()) < h.cutmix:
             images, labels = self.mix(images, labels)  # labels (B, classes) from here on
         images = normalize(images)
-        done = trainer.global_step / trainer.estimated_stepping_batches if h.sizes else 1
+        # of max_epochs, as the rate's schedule: max_steps may stop the run and does not change it
+        steps = trainer.max_epochs * trainer.num_training_batches
+        done = trainer.global_step * trainer.accumulate_grad_batches / steps
         size = next((size for share, size in h.sizes if done < share), 32)
         return (augment.resize(images, size) if size < 32 else images), labels
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ RESUMABLE = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another net."""
+    """A checkpoint, or a file beside it, is missing, damaged or of another net."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -61,6 +62,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             beside.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer makes disk errors RuntimeErrors
             beside.unlink(missing_ok=True)
+            while error.__context__:
+                error = error.__context__  # and hide what the disk said
             raise CheckpointError(
                 f"{path}: cannot be written ({error}); the one before is kept"
             ) from None
@@ -159,6 +162,8 @@ def load(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         return _load_packaged(path)
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{damaged} is damaged")  # torch.load looks at no checksum
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -217,16 +222,23 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv; what a row does not have is left out of it.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
-    path = run / "metrics.csv"
+    path, rows = run / "metrics.csv", []
     if not path.is_file():
-        return []
+        return rows
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise CheckpointError(f"{path}: not a table of figures ({error})") from None
+        text = path.read_text("utf-8")
+        for row in csv.DictReader(text.splitlines()):
+            if None in row.values() and not text.endswith("\n"):
+                break  # a full disk cut the last row off
+            numbers = {key: float(value) for key, value in row.items() if value != ""}
+            rows.append(numbers | {key: int(numbers[key]) for key in ("epoch", "step")})
+    except (csv.Error, KeyError, OverflowError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: row {len(rows) + 1} is not one of numbers; mend it, or move the file away"
+        ) from None
+    return rows
 
 
 def best_row(run: Path) -> dict[str, float] | None:
@@ -289,8 +301,7 @@ def loggers(run: Path, resume_step: int | None) -> list[Logger]:
         metrics.replace(copy)
         for row in kept:
             if row["step"] < resume_step:
-                step = int(row.pop("step"))
-                table.experiment.log_metrics({**row, "epoch": int(row["epoch"])}, step)
+                table.experiment.log_metrics(row, row["step"])
         table.save()
         copy.unlink()
     purge = {} if resume_step is None else {"purge_step": resume_step}

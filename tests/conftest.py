@@ -73,9 +73,9 @@ def refused(capfd):
     return call
 
 
-def process(*args, **kwargs):
-    """Start `python -m allconv` in a process of its own."""
-    command = [sys.executable, "-m", "allconv", *map(str, args)]
+def process(*args, code=None, **kwargs):
+    """Start `python -m allconv`, or `code` with its arguments, in a process of its own."""
+    command = [sys.executable, *(["-c", code] if code else ["-m", "allconv"]), *map(str, args)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
     )

@@ -1,11 +1,14 @@
 """Two processes on a CPU, through the real command, against one."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import process
+
+from allconv import data
 
 TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
 
@@ -47,3 +50,18 @@ def test_resume_of_two_processes_is_exact(own_folder):
     )
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
+
+
+def test_a_process_that_fails_ends_the_run_with_its_own_error(own_folder):
+    """The second process finds the data cut off, while the first waits for it."""
+    data.CIFAR100(demo=True).prepare_data()
+    running = process(*"fit --data.demo true --model.width 4".split(), *TWO)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    while not children.read_text():
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.05)
+    Path("data/cifar-100-demo/train.bin").write_bytes(b"cut")
+    said, _ = running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert "data/cifar-100-demo/train.bin: expected a multiple of 3,074 bytes, found 3" in said
+    assert "Child process" in said
