@@ -31,7 +31,8 @@ thread_failed = threading.excepthook
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # may be others when a run goes on, without a word
 FREE = {
-    *("config", "ckpt_path", "init", "data.data_dir", "trainer.max_steps", "trainer.max_time"),
+    *("config", "recipe", "ckpt_path", "init", "data.data_dir"),
+    *("trainer.max_steps", "trainer.max_time"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.limit_test_batches"),
     *("trainer.log_every_n_steps", "trainer.profiler"),
 }
