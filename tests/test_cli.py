@@ -162,6 +162,7 @@ BAD_USAGE = {
     "--data.split_seed -1": "data.split_seed is -1",
     "--data.crop 32": "data.crop is 32",
     "--data.sizes [[2,20]]": "data.sizes has",
+    "--data.cutmix 1.5": "data.cutmix is 1.5: it must be from 0 to 1",
     "--data.demo perhaps": "data.demo",
     "--trainer.accelerator warp": "accelerator",
     "--trainer.devices 0": "devices",

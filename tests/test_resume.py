@@ -14,8 +14,9 @@ from allconv.__main__ import main
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
     "notebook": "--model.milestones [1,3] --model.dropout 0.2",
-    "fast": "--model.warmup 0.3 --model.muon_lr 0.05 --model.decay_norms false --data.crop 4 "
-    "--data.flip true --data.sizes [[0.3,20],[0.6,24]] --model.dropout 0.1",
+    "strong": "--model.warmup 0.3 --model.muon_lr 0.05 --model.decay_norms false --data.crop 4 "
+    "--data.flip true --data.sizes [[0.3,20],[0.6,24]] --data.cutmix 0.5 "
+    "--model.dropout 0.1",
 }
 FIT = "fit --data.demo true --model.width 4 --trainer.max_epochs 5".split()
 

@@ -160,3 +160,28 @@ def test_the_notebooks_own_checkpoint_is_tested(run):
     torch.save(AllCNN(width=4).state_dict(), "epoch9.pt")
     main("test --ckpt_path epoch9.pt --data.demo true".split())
     assert json.loads(Path("test.json").read_text())["test/n"] == 1000
+
+
+class Seen(pl.Callback):
+    """Keeps the last batches."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.train = batch
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.val = batch
+
+
+def test_cutmix_is_of_training_alone(own_folder):
+    seen, data = Seen(), CIFAR100(demo=True, cutmix=1.0)
+    short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
+    trainer(seen, **short).fit(Classifier(width=4), data)
+    pictures, labels = seen.train
+    assert labels.shape == (64, 100)
+    assert torch.allclose(labels.sum(1), torch.ones(64))
+    assert ((labels > 0).sum(1) == 2).any()
+    # a label's share is its picture's share of the area
+    shares = labels.max(1).values.unique()
+    assert torch.allclose(shares * 32 * 32, (shares * 32 * 32).round(), atol=1e-2)
+    assert pictures.shape == (64, 3, 32, 32)
+    assert seen.val[1].shape == (500,)
