@@ -94,9 +94,10 @@ def test_the_centre_is_used(own_folder):
 
 
 def bomb(side):
-    """The head of a PNG file that claims to be side x side pixels."""
+    """The head of a PNG file that claims to have side x side pixels."""
     head = b"IHDR" + struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    length, check = (struct.pack(">I", n) for n in (len(head) - 4, zlib.crc32(head)))
+    return b"\x89PNG\r\n\x1a\n" + length + head + check + struct.pack(">I", 9) + b"IDAT"
 
 
 def test_what_is_no_picture_is_named_and_the_rest_done(run, photo, capsys):
