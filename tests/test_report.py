@@ -155,7 +155,7 @@ BAD = {
     "empty": "empty/checkpoints/best.ckpt: no such file",
     "text.ckpt": "text.ckpt: not a checkpoint that can be read",
     "best bare.pt": "A has other pictures than B",
-    "ten.pt": "10 classes",
+    "ten.pt": "size mismatch for conv9.0.weight",
     "--out lightning_logs": "lightning_logs",
     "broken": "config.yaml",
 }
