@@ -83,7 +83,8 @@ class Evaluation:
         path = Path(given, "checkpoints", "best.ckpt") if Path(given).is_dir() else given
         self.key, self.split = key, split
         self.checkpoint = runs.load(runs.find_checkpoint(str(path), Path(runs.LOGS), key))
-        self.config = self.checkpoint.facts.get("recipe", {})
+        run = self.checkpoint.run
+        self.config = runs.read_config(run) if run else self.checkpoint.facts.get("recipe", {})
         self.data = self._data(data_dir)
         self.net = self._net()
 
@@ -144,10 +145,11 @@ class Evaluation:
         run, facts = self.checkpoint.run, self.checkpoint.facts
         keys = ("data_dir", "val_size", "split_seed", "demo")
         try:
-            if run:
+            config = self.config
+            if run:  # with the folders, which the page does not show
                 cli.check_yaml(run / "config.yaml")
-                self.config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-            known = {**facts, **(self.config.get("data") or {})}
+                config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+            known = {**facts, **(config.get("data") or {})}
             known |= {"data_dir": data_dir} if data_dir else {}
             return CIFAR100(**{key: known[key] for key in keys if key in known})
         except (TypeError, ValueError) as error:

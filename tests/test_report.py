@@ -36,7 +36,7 @@ class Page(HTMLParser):
         self.images += [attrs] if tag == "img" else []
 
     def handle_data(self, data):
-        self.text += data.replace("\xa0", " ")
+        self.text += data.replace("\xa0", " ") + " "  # between cells there is none
 
 
 def check_self_contained(path):
@@ -97,23 +97,34 @@ def test_the_page_of_two_counts_every_picture(pages):
     assert "which here are the pictures reported as well" in page.text
 
 
+def browse(path, folder, width=360):
+    """Open a page in headless Chromium: what it says on its console, and how often it asks out."""
+    log, profile = folder / "net.json", folder / "profile"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --enable-logging=stderr "
+        f"--log-net-log={log} --user-data-dir={profile} --window-size={width},800 "
+        f"--screenshot={folder}/page.png"
+    ).split()
+    # no name is looked up: Chromium asks for things of its own as well, whatever the page is
+    flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
+    done = subprocess.run(
+        [CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert (folder / "page.png").stat().st_size > 1000
+    # a file's origin is null; Chromium's own requests have none
+    return done.stderr.count(":CONSOLE:"), log.read_text().count('"initiator":"null"')
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here: the pages are not opened in a browser")
-@pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_opens_them_without_error_or_request(pages, width, tmp_path):
-    for path in pages:
-        log = tmp_path / "net.json"
-        flags = (
-            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-            "--disable-background-networking --disable-component-update --enable-logging=stderr "
-            f"--log-net-log={log} --user-data-dir={tmp_path}/profile --window-size={width},800 "
-            f"--screenshot={tmp_path}/page.png"
-        )
-        done = subprocess.run(
-            [CHROMIUM, *flags.split(), path.as_uri()], capture_output=True, text=True, timeout=120
-        )
-        assert (tmp_path / "page.png").stat().st_size > 10_000
-        assert ":CONSOLE" not in done.stderr
-        assert not re.findall(r'"url":"(https?://[^"]*)', log.read_text())
+def test_a_browser_opens_them_without_error_or_request(pages, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text("<script>console.error(1)</script><img src='http://example.invalid/x.png'>")
+    errors, requests = browse(bad, tmp_path)
+    assert errors >= 1
+    assert requests >= 1
+    assert browse(pages[0], tmp_path) == (0, 0)
+    assert browse(pages[1], tmp_path, 1200) == (0, 0)
 
 
 def test_statistics():
@@ -144,7 +155,7 @@ BAD = {
     "empty": "empty/checkpoints/best.ckpt: no such file",
     "text.ckpt": "text.ckpt: not a checkpoint that can be read",
     "best bare.pt": "A has other pictures than B",
-    "ten.pt": "10 classes",
+    "ten.pt": "size mismatch for conv9.0.weight",
     "--out lightning_logs": "lightning_logs",
     "broken": "config.yaml",
 }
