@@ -32,7 +32,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 FREE = {
     *("config", "ckpt_path", "init", "data.data_dir", "trainer.max_steps", "trainer.max_time"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.limit_test_batches"),
-    *("trainer.log_every_n_steps", "trainer.profiler"),
+    *("trainer.log_every_n_steps", "trainer.profiler", "trainer.fast_dev_run"),
 }
 
 
