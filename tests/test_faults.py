@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line(size, what, own_folder):
     running = process(
         *TINY, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     )
-    said, _ = running.communicate(timeout=120)
+    said, _ = running.communicate(timeout=600)
     assert running.returncode == 1, said
     assert "Traceback" not in said
     assert what in said.splitlines()[-1]
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line(size, what, own_folder):
 def test_two_runs_started_at_once(own_folder):
     running = [process(*TINY) for _ in range(2)]
     for each in running:
-        said, _ = each.communicate(timeout=300)
+        said, _ = each.communicate(timeout=600)
         assert each.returncode == 0, said
     a, b = (Path("lightning_logs", name) for name in ("version_0", "version_1"))
     assert same(a / "checkpoints/last.ckpt", b / "checkpoints/last.ckpt")
