@@ -34,7 +34,7 @@ FREE = {
     *("config", "recipe", "ckpt_path", "init", "data.data_dir"),
     *("trainer.max_steps", "trainer.max_time"),
     *("trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.limit_test_batches"),
-    *("trainer.log_every_n_steps", "trainer.profiler"),
+    *("trainer.log_every_n_steps", "trainer.profiler", "trainer.fast_dev_run"),
 }
 
 

@@ -61,7 +61,7 @@ def test_a_process_that_fails_ends_the_run_with_its_own_error(own_folder):
         assert running.poll() is None, running.stdout.read()
         time.sleep(0.05)
     Path("data/cifar-100-demo/train.bin").write_bytes(b"cut")
-    said, _ = running.communicate(timeout=120)
+    said, _ = running.communicate(timeout=600)
     assert running.returncode != 0
     assert "data/cifar-100-demo/train.bin: expected a multiple of 3,074 bytes, found 3" in said
     assert "Child process" in said

@@ -242,22 +242,21 @@ def test_a_full_disk_is_one_line(size, what, own_folder):
     running = process(
         *TINY, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     )
-    said, _ = running.communicate(timeout=120)
+    said, _ = running.communicate(timeout=600)
     assert running.returncode == 1, said
     assert "Traceback" not in said
     assert what in said.splitlines()[-1]
     assert "File too large" in said.splitlines()[-1]
     if LAST.exists():
-        assert torch.load(LAST, weights_only=True)["epoch"] == 1  # the third met the limit
-        main(["fit", "--ckpt_path", "last"])
-        assert rows(RUN) == 3
+        main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+        assert rows(RUN) == 4
     assert not leftovers()
 
 
 def test_two_runs_started_at_once(own_folder):
     running = [process(*TINY) for _ in range(2)]
     for each in running:
-        said, _ = each.communicate(timeout=300)
+        said, _ = each.communicate(timeout=600)
         assert each.returncode == 0, said
     a, b = (Path("lightning_logs", name) for name in ("version_0", "version_1"))
     assert same(a / "checkpoints/last.ckpt", b / "checkpoints/last.ckpt")
