@@ -102,6 +102,8 @@ def strike(args, moment, number, rng):
     while "run folder" not in (line := running.stdout.readline()):
         assert line, said
         said += line
+    while not LAST.exists() and running.poll() is None:  # it is written before the first step
+        time.sleep(0.01)
     for _ in range(rng.randint(0, 2)):  # epochs; at the end of the output no more lines
         running.stdout.readline()
     time.sleep(rng.uniform(0, 0.4))
