@@ -49,12 +49,13 @@ BESIDE = {
 }
 
 
-def ladder(data_dir: str = "data", folder: str = "ladder") -> None:
+def ladder(data_dir: str = "data", folder: str = "ladder", train: bool = True) -> None:
     """Train the rungs that are missing and draw what they gave.
 
     Args:
         data_dir: folder with the data set, as in fit.
         folder: where the runs lie, one folder a rung, and what is drawn.
+        train: train the rungs that are missing; else they are left out.
     """
     flags = list(itertools.accumulate(RUNGS.values(), "{} {}".format))
     jobs = dict(zip(RUNGS, flags, strict=True))
@@ -64,7 +65,10 @@ def ladder(data_dir: str = "data", folder: str = "ladder") -> None:
     for i, (name, given) in enumerate(jobs.items()):
         root = Path(folder, f"{i:02d}")
         run = root / runs.LOGS / "version_0"
-        if len(runs.read_metrics(run)) < EPOCHS:
+        finished = len(runs.read_metrics(run)) == EPOCHS
+        if not (finished or train):
+            continue
+        if not finished:
             shutil.rmtree(root, ignore_errors=True)  # of a resumed run the clock is of no use
             print(f"rung {i + 1} of {len(jobs)}: {name}", flush=True)
             command = [sys.executable, "-m", "allconv", "fit", "--config", str(config)]
