@@ -1,6 +1,6 @@
 """What may befall a run: kills at random moments, full disks, a failing process.
 
-By hand, with many kills: ALLCONV_KILLS=200 pytest -s tests/test_faults.py -k random
+By hand, with many kills: ALLCONV_KILLS=200 pytest -n 0 -s tests/test_faults.py -k random
 """
 
 import os
@@ -30,7 +30,7 @@ few = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-KILLS = int(os.environ.get("ALLCONV_KILLS", 3))
+KILLS = int(os.environ.get("ALLCONV_KILLS", 2))
 KILLS_OF_A_RUN = 8
 EPOCHS = 10
 RUN = Path("lightning_logs/version_0")
