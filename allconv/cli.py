@@ -27,7 +27,7 @@ from allconv.data import CIFAR100, DataError, normalize
 from allconv.task import Classifier
 
 USER_ERRORS = (DataError, runs.CheckpointError, callbacks.DivergedError)
-thread_failed = threading.excepthook
+print_thread_error = threading.excepthook
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # may be others when a run goes on, without a word
 FREE = {
@@ -240,10 +240,10 @@ class CLI(LightningCLI):
         config = self.config.fit
         config.ckpt_path = None  # of this call, not of the run: config.yaml is the lowest layer
         if self.checkpoint:  # Lightning loads them again; what is wrong shows before the run begins
-            self._load_weights(self.checkpoint)
+            runs.put_weights(self.checkpoint, self.model.net)
         elif config.init:
             path = runs.find_checkpoint(config.init, self._logs(config), "init")
-            self._load_weights(runs.load(path))
+            runs.put_weights(runs.load(path), self.model.net)
         done, epochs = self.checkpoint and self.checkpoint.epoch, self.trainer.max_epochs
         if done and 0 <= epochs <= done:
             fail(2, f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
@@ -303,7 +303,7 @@ class CLI(LightningCLI):
         self._evaluate("test", **kwargs)
 
     def _evaluate(self, command: str, ckpt_path=None, **kwargs) -> None:
-        self._load_weights(self.checkpoint)
+        runs.put_weights(self.checkpoint, self.model.net)
         evaluate = getattr(self.trainer, command)
         if (
             self.checkpoint.bare and self.checkpoint.facts
@@ -313,22 +313,6 @@ class CLI(LightningCLI):
             self.datamodule.compare(self.checkpoint.facts)
         path = None if self.checkpoint.bare else self.checkpoint.path
         self._run(evaluate, ckpt_path=path, verbose=False, **kwargs)
-
-    def _load_weights(self, checkpoint: runs.Checkpoint) -> None:
-        """Put a checkpoint's weights into the net.
-
-        Raises:
-            CheckpointError: they are of another net.
-        """
-        found, width = (runs.width_of(w) for w in (checkpoint.weights, self.model.net.state_dict()))
-        if found != width:
-            raise runs.CheckpointError(
-                f"{checkpoint.path}: made with model.width {found}, but it is {width} here"
-            )
-        try:
-            self.model.net.load_state_dict(checkpoint.weights)
-        except RuntimeError as error:
-            raise runs.CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
 def _quieten() -> None:
@@ -361,7 +345,7 @@ def prepare() -> None:
     """
     _quieten()
     # TensorBoard's thread hands a disk's error on to the next call, and prints it as well
-    threading.excepthook = lambda thread: thread.exc_type is OSError or thread_failed(thread)
+    threading.excepthook = lambda thread: thread.exc_type is OSError or print_thread_error(thread)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back

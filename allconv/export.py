@@ -76,7 +76,6 @@ def describe(checkpoint: runs.Checkpoint) -> dict[str, object]:
             "export the checkpoint of a run"
         )
     arguments = inspect.signature(AllCNN).parameters.items()
-    saved = torch.load(checkpoint.path, map_location="cpu", weights_only=True, mmap=True)
     data, run = checkpoint.facts, checkpoint.run
     rows = runs.read_metrics(run) if run else []
     # written by training when it saved this checkpoint
@@ -87,7 +86,6 @@ def describe(checkpoint: runs.Checkpoint) -> dict[str, object]:
         "classes": demo.CLASSES if data["demo"] else CLASSES,
         **{"mean": MEAN, "std": STD, "epoch": checkpoint.epoch},
         "recipe": runs.read_config(run) if run else {},
-        "split_seed": saved["datamodule_hyper_parameters"]["split_seed"],
         **data,
         "val": _figures(row or runs.evaluation(checkpoint.folder, "validate", *key), "val"),
         "test": _figures(runs.evaluation(checkpoint.folder, "test", *key), "test"),

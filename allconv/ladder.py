@@ -37,7 +37,7 @@ RUNGS = {
     "whitening filters, dirac": "--model.whiten true --model.dirac true",
     "Muon": "--model.muon_lr 0.1",
 }
-# What did not help, each a change of one rung, counted from 0; -1 is the last.
+# Each a change of one rung, counted from 0; -1 is the last.
 BESIDE = {
     "residuals": (-1, "--model.residuals true"),
     "residuals, with the notebook as it was meant": (1, "--model.residuals true"),
@@ -46,6 +46,11 @@ BESIDE = {
     "Muon's rate 0.2": (-1, "--model.muon_lr 0.2"),
     "Muon's rate 0.05": (-1, "--model.muon_lr 0.05"),
     "SGD's rate 0.3": (-1, "--model.lr 0.3"),
+    "EMA, decay 0.99": (
+        -1,
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging "
+        "--trainer.callbacks.decay=0.99",
+    ),
 }
 
 

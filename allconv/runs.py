@@ -80,7 +80,8 @@ class Checkpoint:
         bare: whether it cannot be resumed: weights alone, as the notebook saved them.
         epoch: epochs trained, if the file tells.
         step: optimizer steps taken.
-        facts: what it says of its data (demo, split); packaged, also classes, recipe, figures.
+        facts: what it says of its data (demo, split, split_seed); packaged, also classes, recipe,
+            figures.
     """
 
     path: Path
@@ -185,6 +186,8 @@ def load(path: Path) -> Checkpoint:
         # saved within its last epoch, except before the first step
         epochs = content["epoch"] + (content["global_step"] > 0)
         step, facts = content["global_step"], content.get("CIFAR100", {})
+        settings = content.get("datamodule_hyper_parameters", {})
+        facts |= {key: settings[key] for key in ("split_seed",) if key in settings}
         return Checkpoint(path, hparams, weights, epoch=epochs, step=step, facts=facts)
     raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
 
@@ -211,11 +214,25 @@ def net_of(checkpoint: Checkpoint) -> AllCNN:
     """
     known = inspect.signature(AllCNN).parameters
     net = AllCNN(**{key: value for key, value in checkpoint.hparams.items() if key in known})
+    put_weights(checkpoint, net)
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def put_weights(checkpoint: Checkpoint, net: AllCNN) -> None:
+    """Put a checkpoint's weights into a net.
+
+    Raises:
+        CheckpointError: they are of another net.
+    """
+    found, width = width_of(checkpoint.weights), width_of(net.state_dict())
+    if found != width:
+        raise CheckpointError(
+            f"{checkpoint.path}: made with model.width {found}, but it is {width} here"
+        )
     try:
         net.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    return net.to(memory_format=torch.channels_last).eval()
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
