@@ -97,6 +97,10 @@ class Classifier(LightningModule):
         self.net = AllCNN(**net).to(memory_format=torch.channels_last)
         if dirac:
             dirac_(self.net)
+        if not decay_norms:  # here, not with the optimizer: DDP must not wait for their gradients
+            for layer in self.net.children():
+                if len(layer) > 1 and isinstance(layer[1], nn.BatchNorm2d):
+                    layer[0].bias.requires_grad_(False)
         num_classes = self.net.conv9[0].out_channels
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
         # "disable": a loss that is not a number has to show as one. torchmetrics 1.9 then takes
@@ -150,10 +154,6 @@ class Classifier(LightningModule):
     def parameter_groups(self) -> list[dict]:
         """Parameters by how they are trained: by Muon, by SGD with and without weight decay."""
         h, net = self.hparams, self.net
-        if not h.decay_norms:
-            for layer in net.children():
-                if len(layer) > 1 and isinstance(layer[1], nn.BatchNorm2d):
-                    layer[0].bias.requires_grad_(False)
         inner = [layer[0].weight for layer in list(net.children())[1:-1]] if h.muon_lr else []
         rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in inner)]
         decayed = [p for p in rest if h.decay_norms or p.ndim > 1]
