@@ -5,29 +5,41 @@ logits = net(net.preprocess("cat.jpg")[None])
 print(net.classes[logits.argmax()])
 """
 
+from importlib import import_module
+
+HOMES = {"AllCNN": "allconv.model", "Classifier": "allconv.task", "CIFAR100": "allconv.data"}
+__all__ = ["CIFAR100", "AllCNN", "Classifier", "load"]
+
+
+def __getattr__(name: str):
+    """Import a part when it is asked for: `import allconv` imports nothing heavy."""
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("allconv")
+    raise AttributeError(f"module 'allconv' has no attribute {name!r}")
+
 
 def load(name: str = "pretrained"):
-    """A trained net, ready to use.
+    """A trained network, ready to use.
 
     Args:
-        name: as --ckpt_path has it: "pretrained" (the packaged weights), "best" or "last" (of the
-            newest run in ./lightning_logs), or a checkpoint file.
+        name: as --ckpt_path takes it: "pretrained" (the packaged weights), "best" or "last" (of
+            the newest run in ./lightning_logs), a checkpoint file or a run directory.
 
     Returns:
-        `allconv.model.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, 100), with
-        `classes`, the 100 names in the order of the logits, and `preprocess`, which makes a file
-        or Pillow picture (3, 32, 32), see `allconv.pictures.preprocess`.
+        `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, 100), with
+        `classes`, the class names in the order of the logits, and `preprocess`, which makes an
+        image file, a Pillow image, an array or a tensor (3, 32, 32), see
+        `allconv.images.preprocess`.
 
     Raises:
-        allconv.runs.CheckpointError: there is no such checkpoint, or it is of another net.
+        allconv.checkpoints.CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    # here, so that importing allconv (for --help, say) does not import torch
-    from pathlib import Path
+    from allconv import checkpoints, images
 
-    from allconv import data, demo, pictures, runs
-
-    checkpoint = runs.load(runs.find_checkpoint(str(name), Path(runs.LOGS), "name"))
-    net = runs.net_of(checkpoint)
-    net.classes = demo.CLASSES if checkpoint.facts.get("demo") else data.CLASSES
-    net.preprocess = pictures.preprocess
+    checkpoint = checkpoints.load(checkpoints.find(name, key="name"))
+    net = checkpoint.net()
+    net.classes = checkpoint.dataset.CLASSES
+    net.preprocess = images.preprocess
     return net

@@ -1,20 +1,19 @@
-"""`python -m allconv COMMAND`: help, version and typing errors are answered before torch loads."""
+"""`python -m allconv COMMAND`: help, version and typos are answered before torch is imported."""
 
-import difflib
 import os
+import signal
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
 COMMANDS = {
-    "fit": "train; --ckpt_path last goes on with a stopped run, --init FILE starts from weights",
-    "validate": "evaluate on the validation pictures; default: the newest run's best checkpoint",
-    "test": "evaluate on the test pictures; default: the newest run's best checkpoint",
-    "export": "write a trained net as .onnx or .safetensors, with what is known of it",
-    "runs": "list the runs and their figures; runs that differ in their seed alone are summed up",
-    "predict": "classify your own pictures, files or folders, and show where the net looked",
-    "report": "write report.html about a checkpoint, or compare two: report A B",
-    "bench": "measure training, evaluation, input pipeline and start-up on this machine",
+    "fit": "train; --ckpt_path last resumes a stopped run, --init FILE starts from weights",
+    "validate": "evaluate on the validation images; default: the newest run's best checkpoint",
+    "test": "evaluate on the test images; default: the newest run's best checkpoint",
+    "export": "write a trained network as .onnx or .safetensors, with its metadata",
+    "runs": "list the runs and their results; runs differing only in seed are averaged",
+    "predict": "classify your own images, files or folders, and show the class evidence",
+    "report": "write an HTML report about a checkpoint, or compare two: report A B",
+    "bench": "measure training, input pipeline, memory and start-up on this machine",
 }
 
 HELP = """usage: python -m allconv COMMAND [options]
@@ -26,34 +25,48 @@ The All-Convolutional Net on CIFAR-100.
   python -m allconv COMMAND --help   every option of a command
   python -m allconv --version        the version
 
-start: python -m allconv fit --config configs/demo.yaml"""
+start: python -m allconv fit --config demo"""
+
+
+def stop(number: int, frame: object) -> None:
+    """End at once: an exception could be swallowed by an import, and there is nothing to clear."""
+    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+    os.write(2, show_cursor + b"allconv: stopped\n")
+    os._exit(128 + number)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Answer what needs no torch, and hand the rest to allconv.cli."""
+    """Answer what needs no torch, and dispatch the rest."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    from allconv import errors  # its imports take 0.1 s
+
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS)) + 2
         print(HELP.format(commands="\n".join(f"  {k:{width}}{v}" for k, v in COMMANDS.items())))
         return
     if args[0] == "--version":
+        from importlib.metadata import version
+
         print(f"allconv {version('allconv')}")
         return
     if args[0] not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(args[0], COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"allconv: no command {args[0]}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        errors.end(2, f"no command {args[0]}; {hint}")
     # read when torch loads: by itself a thread of libgomp spins for milliseconds where it should
     # wait. Beside other jobs on 2 cores `fit` took twice as long (124 s, not 55); alone, it is 1 to
     # 4 % slower with it
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # a command that needs no Trainer has a module of its own
-    if args[0] in ("fit", "validate", "test"):
-        import_module("allconv.cli").main(args)
-    else:
-        name = "listing" if args[0] == "runs" else args[0]  # allconv.runs: the folders themselves
-        import_module(f"allconv.{name}").main(args[1:])
+    os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown one stops the import
+    with errors.command():
+        if args[0] in ("fit", "validate", "test"):
+            import_module("allconv.cli").main(args)
+        else:  # what needs no Trainer
+            import_module(f"allconv.commands.{args[0]}").main(args[1:])
 
 
 if __name__ == "__main__":

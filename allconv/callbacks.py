@@ -1,44 +1,37 @@
-"""Callbacks: when to seed, save, draw, report and stop."""
+"""Callbacks: when to seed, save, draw and stop."""
 
-import json
 import math
 import os
-import platform
-import sys
-import time
-from datetime import datetime, timedelta
+import signal
 from pathlib import Path
 
-import lightning
 import numpy as np
 import torch
-import torchvision
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from matplotlib.figure import Figure
 from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
 
-from allconv import figures
-from allconv.runs import best_row, read_metrics
-
-
-def run_folder(trainer: Trainer) -> Path | None:
-    """The run's folder; unlike trainer.log_dir no collective, so one process may ask alone."""
-    folder = trainer.loggers[0].log_dir if trainer.loggers else None
-    return Path(folder) if folder else None
+from allconv import plots
+from allconv.errors import UserError
+from allconv.loggers import Table
+from allconv.progress import Progress, run_directory
+from allconv.rundir import read_metrics, write_whole
 
 
 class NetSummary(ModelSummary):
     """Output shape, parameters and FLOPs of each layer, without the rows of the metrics."""
 
     @staticmethod
-    def summarize(summary_data, *totals, total_flops: int, **_) -> None:
-        """Print the table of the net's own rows, on the output like everything else."""
+    def summarize(summary_data, *totals, **kwargs) -> None:
+        """Show the rows of the network alone."""
         names = dict(summary_data)["Name"]
-        net = [i for i, name in enumerate(names) if name.split(".")[0] == "net"]
-        rows = [(column, [cells[i] for i in net]) for column, cells in summary_data]
-        print(_format_summary_table(*totals, total_flops, *rows), flush=True)
+        rows = [i for i, name in enumerate(names) if name.split(".")[0] == "net"]
+        table = [(column, [cells[i] for i in rows]) for column, cells in summary_data]
+        ModelSummary.summarize(table, *totals, **kwargs)
 
 
 class EpochSeed(Callback):
@@ -47,53 +40,63 @@ class EpochSeed(Callback):
     That makes a resumed run exact without random states in the checkpoint.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End several processes at once on SIGTERM.
+
+        Lightning's handler would broadcast, and wait for ever for a process that is elsewhere.
+        """
+        if trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed torch's generators, which dropout and augmentation draw from."""
-        key = (int(os.environ["PL_GLOBAL_SEED"]), trainer.current_epoch, trainer.global_rank)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        key = (seed, trainer.current_epoch, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-class WholeEpochs(Callback):
-    """Hides from all callbacks after it the epoch that LastCheckpoint broke off."""
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all.
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run here instead."""
-        if not trainer.is_last_batch:
-            raise StopIteration
+    Lightning's own writing does not flush, and renames only where the temporary folder is on the
+    same file system.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Write `checkpoint` to `path`."""
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-class LastCheckpoint(Checkpoint):
+class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`: from before the first step on, then after every whole epoch.
 
-    Being a `Checkpoint`, it comes after the module and the other callbacks, when the epoch has
-    been validated and logged.
+    From the start, so that `--ckpt_path last` never means an older run. Resumed from within an
+    epoch, a run would not be the one that never stopped.
     """
+
+    def __init__(self):
+        super().__init__(
+            filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state that a new run begins with."""
+        super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
-            self.on_train_epoch_end(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        """Break off an epoch in which max_steps or max_time ends the run: no validation, no files.
-
-        Resumed from within an epoch, a run would not be the one that never stopped.
-        """
-        if trainer.fit_loop.epoch_loop.done and not trainer.is_last_batch:
-            raise StopIteration  # what Lightning's loops end by
+            trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after an epoch."""
-        path = run_folder(trainer) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        """Save the state after an epoch, unless max_steps or max_time broke it off."""
+        if trainer.is_last_batch:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """The training loss is not a finite number."""
 
 
-class StopWhenDiverged(Callback):
-    """Ends the run when the loss is NaN or infinite.
+class StepLoss(Callback):
+    """Logs the loss of single steps, and ends the run when it is NaN or infinite.
 
     Looks every `log_every_n_steps`, since each look waits for the device, and before a validation.
     """
@@ -108,263 +111,121 @@ class StopWhenDiverged(Callback):
         if not trainer.is_last_batch and (not every or (batch_idx + 1) % every):
             return
         loss = outputs["loss"].item()
+        for logger in trainer.loggers:
+            if not isinstance(logger, Table):  # metrics.csv has a row per epoch
+                logger.log_metrics({"train/loss_step": loss}, trainer.global_step - 1)
         if not math.isfinite(loss):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             raise DivergedError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
-                f"{trainer.current_epoch + 1}, rate {rate:g}): lower model.lr; the epoch before is "
-                f"kept in checkpoints/last.ckpt of {run_folder(trainer)}"
+                f"{trainer.current_epoch + 1}, rate {rate:g}): start again with a lower model.lr; "
+                f"checkpoints/last.ckpt of {run_directory(trainer)} is of the epoch before"
             )
-
-
-class Progress(Callback):
-    """Says what will run, about how long it takes, a line an epoch, and where the results are.
-
-    Args:
-        bar: whether a progress bar is shown as well; then the lines of the epochs are left out.
-    """
-
-    head = "epoch  train loss  val loss  val acc (%)        lr  time left"
-
-    def __init__(self, bar: bool):
-        self.bar = bar
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what will run, and on what."""
-        self.start, self.first = time.monotonic(), trainer.current_epoch
-        if not trainer.is_global_zero:
-            return
-        data, net = trainer.datamodule, pl_module.net
-        parameters = sum(p.numel() for p in net.parameters())
-        pictures, held_out = len(data.sets["train"]), len(data.sets["val"])
-        device = trainer.strategy.root_device.type
-        print(
-            f"AllCNN, {parameters:,} parameters, on {data.title}: "
-            f"{pictures:,} training and {held_out:,} validation pictures\n"
-            f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
-            f"{data.hparams.batch_size}, {trainer.world_size} x {device} ({trainer.precision}), "
-            f"seed {os.environ['PL_GLOBAL_SEED']}\n"
-            f"run folder: {run_folder(trainer)}",
-            flush=True,
-        )
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """After the first 20 steps, say about how long it will take."""
-        done = batch_idx + 1
-        if done == 5:
-            self.warm = time.monotonic()
-        if done != 20 or trainer.current_epoch != self.first or not trainer.is_global_zero:
-            return
-        step = (time.monotonic() - self.warm) / 15
-        epochs = trainer.max_epochs - self.first
-        left = _duration(epochs * trainer.num_training_batches * step)
-        rate = len(batch[1]) * trainer.world_size / step
-        print(f"about {left} for {epochs} epochs at {rate:,.0f} pictures/s", flush=True)
-        if not self.bar:
-            print(self.head, flush=True)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A line for the epoch."""
-        metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
-        validated = "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0
-        if self.bar or not trainer.is_global_zero or not validated:
-            return
-        spent = time.monotonic() - self.start
-        left = spent / (done - self.first) * (trainer.max_epochs - done)
-        print(
-            f"{done:5d}  {metrics['train/loss']:10.4f}  {metrics['val/loss']:8.4f}  "
-            f"{100 * metrics['val/acc']:11.2f}  {metrics['lr']:8.4g}  {_duration(left):>9}",
-            flush=True,
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how it went, where everything is, and what to type next."""
-        run = run_folder(trainer)
-        if not trainer.is_global_zero or not run:
-            return
-        whole, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
-        if not trainer.is_last_batch:
-            print(
-                f"stopped in epoch {whole + 1} at step {trainer.global_step}: last.ckpt is of "
-                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last} "
-                "--trainer.max_steps -1 --trainer.max_time null"
-            )
-        best = best_row(run)
-        if best:
-            print(
-                f"best epoch {best['epoch'] + 1:.0f} of {whole} on "
-                f"{trainer.datamodule.title}: val/acc {best['val/acc']:.4f}, "
-                f"top 5 {best['val/top5']:.4f}, loss {best['val/loss']:.4f}"
-            )
-        # without validation there is no best
-        checkpoint = next(p for p in (last.with_name("best.ckpt"), last) if p.is_file())
-        print(
-            f"run folder: {run}\n"
-            f"next: python -m allconv test --ckpt_path {checkpoint}\n"
-            f"      tensorboard --logdir {run.parent}",
-            flush=True,
-        )
-
-    def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
-        """Say how a stopped run goes on."""
-        last = (run_folder(trainer) or Path()) / "checkpoints" / "last.ckpt"
-        stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
-        if stopped and trainer.is_global_zero and trainer.state.fn == "fit" and last.is_file():
-            print(
-                f"stopped in epoch {trainer.current_epoch + 1}; go on with: "
-                f"python -m allconv fit --ckpt_path {last}",
-                file=sys.stderr,
-            )
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 class Curves(Callback):
-    """Draws `curves.png` into the run folder after every epoch, so that a stopped run has it."""
+    """Draws `curves.png` into the run directory after every epoch, so that a stopped run has it."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what metrics.csv holds, which is the whole run, also when it was resumed."""
-        if not trainer.is_global_zero:
-            return
-        run = run_folder(trainer)
-        title = (
-            f"AllCNN, width {pl_module.net.conv1[0].out_channels}, on {trainer.datamodule.title}"
-        )
-        figures.curves(read_metrics(run), title).savefig(run / "curves.png", dpi=100)
+        run = run_directory(trainer)
+        if trainer.is_global_zero and run:
+            title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.TITLE}"
+            save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as a PNG file, whole."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 class Predictions(Callback):
-    """Pictures with predictions, and the confusion matrix.
+    """Draws images with their predictions, and the confusion matrix.
 
-    In TensorBoard while training, as files when a checkpoint is evaluated.
+    In TensorBoard every ten epochs and after the last one, or as files.
 
     Args:
-        checkpoint: what is evaluated, with its path and folder; None while training.
-        every_n_epochs: how often they are drawn while training; the last epoch is always drawn.
+        folder: where the files go when a checkpoint is evaluated; None while training.
     """
 
-    def __init__(self, checkpoint=None, every_n_epochs: int = 10):
-        self.checkpoint, self.every_n_epochs = checkpoint, every_n_epochs
-        self.logits: list[Tensor] = []
+    every_n_epochs = 10
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect."""
-        self.logits = []
+        self.logits: list[Tensor] = []
+        matrix = MulticlassConfusionMatrix(pl_module.net.num_classes, validate_args=False)
+        self.matrix = matrix.to(pl_module.device)
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, *_) -> None:
-        """Collect a batch's logits (B, classes), where they are."""
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
+        """Collect a batch's logits (B, classes)."""
         self.logits.append(outputs)
+        self.matrix.update(outputs, batch[1])
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw into TensorBoard, if it is this epoch's turn, or write the evaluation's files."""
-        if trainer.state.fn != "fit":
-            self._write(trainer, "validate", "val")
-            return
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, if it is this epoch's turn."""
         epoch = trainer.current_epoch + 1
-        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch < trainer.max_epochs):
-            return
-        matrix = self._matrix(trainer, "val")
-        if not trainer.is_global_zero or not trainer.loggers:
-            return
-        board = trainer.loggers[0].experiment
-        pictures, confusion = self._draw(trainer, "val", matrix, f"validation, epoch {epoch}")
-        step = trainer.global_step - 1
-        board.add_figure("predictions", pictures, step)
-        board.add_figure("confusion", confusion, step)
+        if self.folder:
+            self._draw(trainer, "val", "validate")
+        elif not trainer.sanity_checking and (
+            epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        ):
+            self._draw(trainer, "val", f"validation, epoch {epoch}")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the evaluation's files."""
-        self._write(trainer, "test", "test")
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the figures of a test."""
+        self._draw(trainer, "test", "test")
 
-    def _mine(self, trainer: Trainer, split: str) -> tuple[Tensor, Tensor]:
-        """Indices and labels of the pictures that this process saw, in the order of the logits."""
-        labels = trainer.datamodule.sets[split].labels
-        index = torch.arange(trainer.global_rank, len(labels), trainer.world_size)
-        index = index[: sum(map(len, self.logits))]
-        return index, labels[index]
-
-    def _matrix(self, trainer: Trainer, split: str) -> Tensor:
-        """Confusion counts (classes, classes) over all processes, true by predicted."""
-        logits = torch.cat(self.logits)
-        n = logits.shape[1]
-        _, labels = self._mine(trainer, split)
-        cells = labels.to(logits.device) * n + logits.argmax(1)
-        return trainer.strategy.reduce(cells.bincount(minlength=n * n).view(n, n), reduce_op="sum")
-
-    def _draw(self, trainer: Trainer, split: str, matrix: Tensor, title: str):
-        data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
-        index, labels = self._mine(trainer, split)
-        some = figures.some(len(index))
-        images = data.sets[split].images[index[some]]
-        right, n = matrix.trace().item(), matrix.sum().item()
-        title = f"{data.title}, {title}: {100 * right / n:.1f} % of {n:,} pictures right"
-        return (
-            figures.predictions(images, labels[some], logits[some], data.class_names, title),
-            figures.confusion(matrix.cpu(), data.class_names, data.groups, title),
-        )
-
-    def _write(self, trainer: Trainer, command: str, split: str) -> None:
-        matrix = self._matrix(trainer, split)
+    def _draw(self, trainer: Trainer, split: str, what: str) -> None:
+        matrix = self.matrix.compute().cpu()  # the sum over all processes
         if not trainer.is_global_zero:
             return
-        data, checkpoint = trainer.datamodule, self.checkpoint
-        result = {
-            **{name: round(value.item(), 7) for name, value in trainer.callback_metrics.items()},
-            "data": data.title,
-            "checkpoint": str(checkpoint.path),
-            "epoch": checkpoint.epoch,
-            "split_seed": data.hparams.split_seed,
-            "split": data.split_fingerprint,
-            "remark": data.remark,
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "lightning": lightning.__version__,
-            },
-        }
-        result[f"{split}/n"] = int(result[f"{split}/n"])
-        checkpoint.folder.mkdir(parents=True, exist_ok=True)
-        path = checkpoint.folder / f"{command}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        stage = "validation" if split == "val" else "test"
-        pictures, confusion = self._draw(trainer, split, matrix, stage)
-        pictures.savefig(path.with_suffix(".png"), dpi=120)
-        confusion.savefig(path.with_name(f"{command}_confusion.png"), dpi=120)
-        after = f", epoch {checkpoint.epoch}," if checkpoint.epoch is not None else ""
-        print(f"{checkpoint.path}{after} on {data.title}, {result[f'{split}/n']:,} pictures:")
-        for name in ("acc", "top5", "loss"):
-            print(f"  {split}/{name:5} {result[f'{split}/{name}']:.4f}")
-        if data.remark:
-            print(f"  note: {data.remark}")
-        print(f"written: {path}, {path.with_suffix('.png').name}, {command}_confusion.png")
+        data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
+        # of the images that this process saw
+        images, labels = (
+            tensor[:: trainer.world_size] for tensor in vars(data.sets[split]).values()
+        )
+        # TensorBoard shows a figure 400 pixels wide: fewer images
+        count, columns = (10, 5) if self.folder else (6, 3)
+        index = plots.sample(len(logits))[:count]
+        right, n = matrix.trace().item(), matrix.sum().item()
+        title = f"{data.dataset.TITLE}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
+        names, groups = data.dataset.CLASSES, data.dataset.SUPERCLASSES
+        shown = images[index], labels[index], logits[index]
+        sheet = plots.predictions(*shown, names, title, columns)
+        confusion = plots.confusion(matrix, names, groups, title)
+        if self.folder:
+            save(sheet, self.folder / f"{what}.png", 120)
+            save(confusion, self.folder / f"{what}_confusion.png", 120)
+        elif trainer.loggers:
+            board, step = trainer.loggers[0].experiment, trainer.global_step - 1
+            board.add_figure("predictions", sheet, step)
+            board.add_figure("confusion", confusion, step)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml into the run folder, and shows it and the final figures in TensorBoard."""
+def of_fit(given: Namespace, own: list[Callback], bar: bool) -> list[Callback]:
+    """The callbacks of a training; what the Trainer's flags turn off is left out.
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The configuration as text, and both losses on one chart."""
-        board = trainer.loggers[0].experiment
-        text = self.parser.dump(self.config, skip_none=False)
-        board.add_text("configuration", "\n".join("    " + line for line in text.splitlines()))
-        chart = ["Multiline", ["train/loss", "val/loss"]]
-        board.add_custom_scalars({"loss": {"training and validation": chart}})
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The hyperparameters with the run's final figures."""
-        if not trainer.is_global_zero or "val/acc" not in trainer.callback_metrics:
-            return
-        config = self.config.as_dict()
-        settings = {"seed": config["seed_everything"], "max_epochs": trainer.max_epochs}
-        for group in ("model", "data"):
-            settings |= {f"{group}.{key}": value for key, value in config[group].items()}
-        best = best_row(run_folder(trainer))
-        final = {"hp/val_acc": best["val/acc"], "hp/val_loss": best["val/loss"]}
-        trainer.loggers[0].log_hyperparams(settings, final)
+    Args:
+        given: the Trainer's arguments.
+        own: the callbacks that the user gave.
+        bar: whether a progress bar is shown.
+    """
+    found = [EpochSeed(), StepLoss(), Progress(bar)]
+    summary = any(isinstance(callback, ModelSummary) for callback in own)
+    if given.enable_model_summary is not False and not summary:
+        found.append(NetSummary(max_depth=2))
+    if given.logger is False or given.fast_dev_run:  # then there is no run directory
+        return found
+    found += [Curves(), Predictions()]
+    if given.enable_checkpointing is not False:
+        best = ModelCheckpoint(
+            monitor="val/acc", mode="max", filename="best", enable_version_counter=False
+        )
+        found += [best, LastCheckpoint()]
+    return found

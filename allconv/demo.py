@@ -1,20 +1,21 @@
-"""A drawn data set for a first run without a download, and for the tests: 10 shapes in 10 colours.
+"""A synthetic data set for a first run without a download, and for the tests.
 
-100 classes of 32 x 32 pictures in CIFAR-100's binary form; nothing in it comes from CIFAR-100.
-Only sums, products and comparisons are used, so that it is the same on every machine.
+10 shapes in 10 colors are 100 classes of 32 x 32 images, in CIFAR-100's binary form. Only sums,
+products and comparisons are used, so that it is the same on every machine.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from allconv.rundir import write_whole
+
+TITLE = "the demo set (not CIFAR-100)"
 FOLDER = "cifar-100-demo"
-EACH = {"train": 40, "test": 10}  # pictures of a class
+PER_CLASS = {"train": 40, "test": 10}
 SEED = {"train": 1, "test": 2}
 
-COLOURS = {
+COLORS = {
     "red": (210, 40, 40),
     "orange": (235, 130, 30),
     "yellow": (235, 220, 60),
@@ -40,38 +41,34 @@ SHAPES = {
     "bars": lambda u, v: (np.maximum(abs(u), abs(v)) < 1) & (np.floor(2.5 * (u + 1)) % 2 == 0),
     "stripes": lambda u, v: (np.maximum(abs(u), abs(v)) < 1) & (np.floor(2.5 * (v + 1)) % 2 == 0),
 }
-GROUPS = {shape: tuple(f"{colour}_{shape}" for colour in COLOURS) for shape in SHAPES}
-CLASSES = tuple(name for names in GROUPS.values() for name in names)
+SUPERCLASSES = {shape: tuple(f"{color}_{shape}" for color in COLORS) for shape in SHAPES}
+CLASSES = tuple(name for names in SUPERCLASSES.values() for name in names)
 
 
-def pictures(split: str) -> np.ndarray:
-    """All pictures of "train" or "test" as (N, 3074) uint8 records of CIFAR-100's binary form."""
+def records(split: str) -> np.ndarray:
+    """All images of "train" or "test" as (N, 3074) uint8 records of CIFAR-100's binary form."""
     # RandomState: its stream is frozen (NEP 19)
     rng = np.random.RandomState(SEED[split])
-    n = EACH[split]
+    n = PER_CLASS[split]
     y, x = np.mgrid[:32, :32]
-    records = []
+    found = []
     for label, name in enumerate(CLASSES):
-        colour, shape = name.split("_")
+        color, shape = name.split("_")
         radius = rng.uniform(6, 12, (n, 1, 1))
-        centre = rng.uniform(11, 21, (2, n, 1, 1))
-        inside = SHAPES[shape]((x - centre[0]) / radius, (y - centre[1]) / radius)[:, None]
-        paint = np.array(COLOURS[colour])[None, :, None, None] + rng.randint(-30, 31, (n, 3, 1, 1))
-        ground = rng.randint(0, 256, (n, 3, 1, 1))  # (n, 3, 1, 1)
+        center = rng.uniform(11, 21, (2, n, 1, 1))
+        inside = SHAPES[shape]((x - center[0]) / radius, (y - center[1]) / radius)[:, None]
+        paint = np.array(COLORS[color])[None, :, None, None] + rng.randint(-30, 31, (n, 3, 1, 1))
+        ground = rng.randint(0, 256, (n, 3, 1, 1))
         noise = rng.randint(-40, 41, (n, 3, 32, 32))
         drawn = np.clip(np.where(inside, paint, ground) + noise, 0, 255).astype(np.uint8)
         head = np.full((n, 2), (label // 5, label), np.uint8)
-        records.append(np.concatenate([head, drawn.reshape(n, -1)], axis=1))
-    return np.concatenate(records)
+        found.append(np.concatenate([head, drawn.reshape(n, -1)], axis=1))
+    return np.concatenate(found)
 
 
 def draw(folder: Path) -> None:
     """Write `train.bin` and `test.bin` into `folder` unless they are there."""
-    for split in EACH:
+    for split in PER_CLASS:
         path = folder / f"{split}.bin"
-        if path.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(pictures(split).tobytes())
-        os.replace(file.name, path)
+        if not path.exists():
+            write_whole(path, lambda file, split=split: file.write(records(split).tobytes()))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def conv(c_in: int, c_out: int, kernel_size: int, stride: int, dropout: float) -> nn.Sequential:
-    """Convolution, batch norm and channel dropout; the rectifier follows after the shortcut.
+    """Convolution, batch norm and channel dropout; the ReLU follows after the shortcut.
 
-    Without dropout there is no dropout module: it has no weights, so the names stay as they are.
+    Without dropout there is no dropout module; it has no weights, so no name changes.
     """
     layers = [
         nn.Conv2d(c_in, c_out, kernel_size, stride, padding=kernel_size // 2),
@@ -24,17 +24,17 @@ def conv(c_in: int, c_out: int, kernel_size: int, stride: int, dropout: float) -
 
 
 class AllCNN(nn.Module):
-    """All-convolutional network: downsampling by stride, one feature map a class, averaged.
+    """All-convolutional network: strided downsampling, one map per class, global average pooling.
 
-    The defaults are the notebook's function exactly; `dropout=0, rectify_logits=False` repairs it.
+    The defaults are the notebook's network exactly; `dropout=0, rectify_logits=False` repairs it.
 
     Args:
         width: channels after the first convolution (64: 1,387,044 parameters; 32: 354,628).
         num_classes: number of classes.
         residuals: add each layer's input to its output where their shapes agree.
-        dropout: share of channels dropped after each layer, in 0..1 (1 excluded).
-        rectify_logits: whether a ReLU and dropout stand on the class maps, as in the notebook; the
-            logits cannot go below zero then.
+        dropout: probability of dropping a channel after each layer, at least 0 and below 1.
+        rectify_logits: apply ReLU and dropout to the class maps, as the notebook does; the logits
+            are then never negative.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,13 +49,13 @@ class AllCNN(nn.Module):
         rectify_logits: bool = True,
     ):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width is {width}: it must be at least 1")
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}: it must be at least 2")
+        if not 1 <= width <= 4096:  # 5.7 G parameters; beyond, the allocator would refuse
+            raise ValueError(f"width is {width}: it must be from 1 to 4096")
+        if not 2 <= num_classes <= 100_000:
+            raise ValueError(f"num_classes is {num_classes}: it must be from 2 to 100000")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
-        self.residuals = residuals
+        self.width, self.num_classes, self.residuals = width, num_classes, residuals
         w, p = width, dropout
         self.conv1 = conv(3, w, 3, 1, p)
         self.conv2 = conv(w, w, 3, 1, p)
@@ -73,37 +73,42 @@ class AllCNN(nn.Module):
             self.conv9.append(nn.ReLU())
 
     def maps(self, x: Tensor) -> Tensor:
-        """One map a class; their means are the logits, so they show where a class was seen.
+        """Class evidence maps: the mean of a map is its class's logit.
 
         Args:
-            x: (B, 3, H, W) normalized pictures.
+            x: (B, 3, H, W) normalized images.
 
         Returns:
             (B, num_classes, ceil(H/4), ceil(W/4)).
         """
-        x = self.conv1(x).relu()  # (B, w, 32, 32) for 32 x 32 pictures
-        x = self._same(self.conv2, x)
+        x = self.conv1(x).relu()  # (B, w, 32, 32) for 32 x 32 images
+        x = self._shortcut(self.conv2(x), x)
         x = self.conv3(x).relu()  # (B, 2w, 16, 16)
-        x = self._same(self.conv4, x)
-        x = self._same(self.conv5, x)
+        x = self._shortcut(self.conv4(x), x)
+        x = self._shortcut(self.conv5(x), x)
         x = self.conv6(x).relu()  # (B, 4w, 8, 8)
-        x = self._same(self.conv7, x)
+        x = self._shortcut(self.conv7(x), x)
         # conv8 ends in a ReLU of its own: in the residual net the sum is rectified once more
         x = (self.conv8(x) + x).relu() if self.residuals else self.conv8(x)
         return self.conv9(x)  # (B, num_classes, 8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalized pictures (B, 3, H, W)."""
-        # mean, not AvgPool2d(8): any picture size, and a deterministic backward pass on CUDA
+        """Logits (B, num_classes) of normalized images (B, 3, H, W)."""
+        # mean, not AvgPool2d(8): any image size, and a deterministic backward pass on CUDA
         return self.maps(x).mean((2, 3))
 
-    def _same(self, layer: nn.Module, x: Tensor) -> Tensor:
-        y = layer(x)
+    def _shortcut(self, y: Tensor, x: Tensor) -> Tensor:
         return (y + x if self.residuals else y).relu()
 
 
+def biases_before_norm(net: AllCNN) -> list[nn.Parameter]:
+    """The convolution biases that the batch norm behind them cancels."""
+    pairs = [layer[:2] for layer in net.children() if len(layer) > 1]
+    return [conv.bias for conv, norm in pairs if isinstance(norm, nn.BatchNorm2d)]
+
+
 def dirac_(net: AllCNN) -> None:
-    """Begin the 3x3 convolutions after the first as far as possible as the identity.
+    """Initialize the 3x3 convolutions after the first as partial identities.
 
     Partial dirac initialization, from Jordan, "94% on CIFAR-10" (arXiv:2404.00498).
     """
@@ -114,15 +119,15 @@ def dirac_(net: AllCNN) -> None:
 
 @torch.no_grad()
 def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
-    """Begin the first convolution with filters that whiten 3x3 patches, and their negatives.
+    """Initialize the first convolution with filters that whiten 3x3 patches, and their negatives.
 
-    From Page, "How to Train Your ResNet" (myrtle.ai), in the form of arXiv:2404.00498 with its
-    eps. Filters beyond the 54 keep their random start.
+    From Page, "How to Train Your ResNet" (myrtle.ai), with the eps of arXiv:2404.00498. Filters
+    beyond the 54 keep their random initialization.
 
     Args:
-        net: the net.
-        images: (B, 3, H, W) normalized training pictures.
-        eps: added to the variances, so that weak directions are not blown up.
+        net: the network.
+        images: (B, 3, H, W) normalized training images.
+        eps: added to the variances, to limit the gain of weak directions.
     """
     patches = nn.functional.unfold(images.double(), 3)  # (B, 27, patches)
     patches = patches.transpose(1, 2).reshape(-1, 27)
@@ -134,8 +139,3 @@ def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
     weight = net.conv1[0].weight
     n = min(len(weight), len(pairs))
     weight[:n] = pairs[:n].to(weight)
-
-
-def width_of(state_dict: dict[str, Tensor]) -> int:
-    """The width of the AllCNN that a state dict belongs to."""
-    return state_dict["conv1.0.weight"].shape[0]

@@ -1,5 +1,6 @@
 """Fixtures: a folder of one's own, a tiny finished run, the real data set where it is."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,8 +14,13 @@ from allconv.__main__ import main
 # Before torch is imported, and for every process started here: the nets are tiny, and two threads
 # that wait for each other on a busy machine made one test take minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Lightning logs to the stream that it finds when it is imported: not to that of a test
+importlib.import_module("lightning.pytorch")
 
 REPO = Path(__file__).resolve().parent.parent
+HANGS = 600  # seconds that only a hang takes, however busy the machine
+RUN = Path("lightning_logs/version_0")
+LAST = RUN / "checkpoints/last.ckpt"
 TINY = (
     "fit --data.demo true --model.width 4 --trainer.max_epochs 3 --trainer.limit_train_batches 9"
 ).split()
@@ -24,6 +30,9 @@ TINY = (
 def own_folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder, so that bare commands can be tried."""
     monkeypatch.chdir(tmp_path)
+    # what Lightning tells its child processes, not a next test
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
     return tmp_path
 
 
@@ -45,7 +54,7 @@ def finished_run(tmp_path_factory):
 def run(finished_run, own_folder):
     """A copy of the tiny run, in the current folder."""
     shutil.copytree(finished_run, own_folder, dirs_exist_ok=True)
-    return Path("lightning_logs/version_0")
+    return RUN
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +73,12 @@ def refused(capfd):
     def call(*args, code):
         with pytest.raises(SystemExit) as end:
             main([str(arg) for arg in args])
-        lines = [s for s in capfd.readouterr().err.splitlines() if s.strip() and "%|" not in s]
-        assert end.value.code == code
+        lines = capfd.readouterr().err.splitlines()
+        # but for the bar of a download
+        lines = [s for s in lines if s.strip() and "%|" not in s and "B/s]" not in s]
         assert len(lines) == 1, lines
         assert "Traceback" not in lines[0]
+        assert end.value.code == code, lines
         return lines[0]
 
     return call
@@ -76,6 +87,65 @@ def refused(capfd):
 def process(*args, code=None, **kwargs):
     """Start `python -m allconv`, or `code` with its arguments, in a process of its own."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "allconv"]), *map(str, args)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    kwargs.setdefault("stderr", subprocess.STDOUT)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(*args, expected=0, **kwargs):
+    """Run `python -m allconv` in a process of its own; gives what it printed."""
+    running = process(*args, **kwargs)
+    said, _ = running.communicate(timeout=HANGS)
+    assert running.returncode == expected, said
+    assert "Traceback" not in said
+    return said
+
+
+def rows(run):
+    """Number of epochs in a run's metrics.csv."""
+    table = run / "metrics.csv"
+    return max(0, len(table.read_text().splitlines()) - 1) if table.exists() else 0
+
+
+def scalars(run):
+    """Every scalar (tag, step, value) in the order in which TensorBoard has it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run), {"scalars": 0}).Reload()
+    # val/best_acc and val/best_loss are for the table of hyperparameters, once a session
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("val/best")]
+    return [(tag, event.step, event.value) for tag in tags for event in board.Scalars(tag)]
+
+
+def assert_same_checkpoint(found, expected):
+    """Two checkpoints hold bitwise the same network, optimizer, schedule and epoch."""
+    import torch
+
+    found, expected = (torch.load(path, weights_only=True) for path in (found, expected))
+    for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        _assert_same(found[part], expected[part], part)
+
+
+def _assert_same(found, expected, name):
+    import torch
+
+    assert type(found) is type(expected), name
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), name
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), name
+        for key, value in expected.items():
+            _assert_same(found[key], value, f"{name} {key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), name
+        for i, value in enumerate(expected):
+            _assert_same(found[i], value, f"{name} {i}")
+    else:
+        assert found == expected, name
+
+
+def assert_same_run(found, expected):
+    """Two runs are bitwise the same: checkpoints, metrics.csv, TensorBoard's curves."""
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_checkpoint(found / "checkpoints" / name, expected / "checkpoints" / name)
+    assert (found / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
+    assert scalars(found) == scalars(expected)

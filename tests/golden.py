@@ -1,8 +1,8 @@
-"""Makes golden.npz: weights and logits of the notebook's own class, for test_model.py.
+"""Writes golden.npz: weights and logits of the notebook's own class, for test_model.py.
 
 python tests/golden.py NOTEBOOK.txt
 
-The notebook's text is read, its class AllCNN is run, nothing of it is kept here.
+Reads the notebook's text and runs its class AllCNN; none of its code is kept here.
 """
 
 import re

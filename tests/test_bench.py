@@ -3,20 +3,33 @@
 import json
 import math
 
-from allconv import bench
+import pytest
 
-TINY = ["--width", "4", "--batch_size", "20", "--repeats", "1", "--demo", "true"]
+from allconv.__main__ import main
+from allconv.commands.bench import FIGURES
 
 
-def test_json_has_every_figure(capsys, own_folder):
-    bench.main([*TINY, "--json", "bench.json"])
+@pytest.mark.slow
+def test_json_has_every_figure_and_no_label_is_cut(capsys, own_folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    tiny = "--width 4 --batch_size 20 --repeats 1 --demo true --json bench.json"
+    main(["bench", *tiny.split()])
     found = json.loads((own_folder / "bench.json").read_text())
-    for name in bench.FIGURES:
+    for name in FIGURES:
         low, high = found["spread"][name]
         assert 0 < low <= found[name] <= high < math.inf, name
     assert found["width"] == 4
     assert found["peak_rss_gib"] < 8
-    parts = found["data_s"] + found["setup_s"]
-    assert math.isclose(parts, found["first_step_after_imports_s"])
-    assert "fraction_of_matmul" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines[1:])
+    assert [line.split()[0] for line in lines[-len(FIGURES) :]] == list(FIGURES)
     assert not (own_folder / "lightning_logs").exists()
+
+
+def test_wrong_arguments_are_one_line(refused):
+    assert "repeats" in refused("bench", "--repeats", "0", code=2)
+
+
+@pytest.mark.slow
+def test_what_the_fit_refuses_is_one_line(refused):
+    assert "width is -1" in refused("bench", "--width", "-1", "--demo", "true", code=2)

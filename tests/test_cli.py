@@ -1,6 +1,7 @@
 """The command line: the fixed commands, layers of configuration, and bad input in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPO, TINY
+from conftest import LAST, REPO, RUN, TINY
 
+from allconv import checkpoints
 from allconv.__main__ import COMMANDS, main
 from allconv.model import AllCNN
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["--version"], ["tset"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["tset"]])
 def test_answers_without_importing_torch(args):
     code = (
         "import sys\nfrom allconv.__main__ import main\n"
@@ -34,7 +36,7 @@ def test_answers_without_importing_torch(args):
             assert f"\n  {command} " in found.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("command", ["fit", "test"])
 def test_help_lists_every_key(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -47,10 +49,18 @@ def test_help_lists_every_key(command, capsys):
         assert key in text
 
 
+def printed_config(capsys, *args):
+    """The configuration that a command would use."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--print_config"])
+    found = capsys.readouterr()
+    assert end.value.code == 0, found.err
+    return yaml.safe_load(found.out)
+
+
 def test_defaults_are_the_notebooks(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--print_config"])
-    config = yaml.safe_load(capsys.readouterr().out)
+    config = printed_config(capsys, "fit")
     assert config["seed_everything"] == 43
     assert config["trainer"]["max_epochs"] == 100
     expected = yaml.safe_load((REPO / "configs/notebook.yaml").read_text())
@@ -62,44 +72,70 @@ def test_defaults_are_the_notebooks(capsys):
 def test_later_layers_win(own_folder, capsys):
     Path("a.yaml").write_text("model: {width: 8, lr: 0.3}\ndata: {batch_size: 32}\n")
     Path("b.yaml").write_text("model: {width: 16}\n")
-    with pytest.raises(SystemExit):
-        main("fit --config a.yaml --config b.yaml --data.batch_size 10 --print_config".split())
-    config = yaml.safe_load(capsys.readouterr().out)
+    args = "fit --config a.yaml --config=b.yaml --data.batch_size 10".split()
+    config = printed_config(capsys, *args)
     assert (config["model"]["width"], config["model"]["lr"]) == (16, 0.3)
     assert config["data"]["batch_size"] == 10
 
 
-def test_bare_commands_find_the_newest_run(run, capfd):
-    main([*TINY, "--trainer.max_epochs", "1"])
+def test_a_recipe_has_a_name(own_folder, capsys):
+    config = printed_config(capsys, "fit", "--config", "demo")
+    assert config["data"]["demo"] is True
+    Path("demo").write_text("model: {width: 8}\n")  # a file goes before a recipe
+    assert printed_config(capsys, "fit", "--config", "demo")["model"]["width"] == 8
+
+
+def test_a_typo_in_a_recipe_lists_their_names(refused):
+    for args in (["--config", "dmeo"], ["--config=configs/dmeo.yaml"]):
+        line = refused("fit", *args, code=2)
+        assert all(path.stem in line for path in (REPO / "configs").glob("*.yaml"))
+
+
+def test_a_run_is_found_through_a_configuration(run, capsys):
+    """`ckpt_path` and `trainer.default_root_dir` in a file count as the flags do."""
+    Path("last.yaml").write_text("ckpt_path: last\n")
+    assert printed_config(capsys, "fit", "--config", "last.yaml")["model"]["width"] == 4
+    Path("moved").mkdir()
+    Path("lightning_logs").rename("moved/lightning_logs")
+    Path("root.yaml").write_text("trainer: {default_root_dir: moved}\n")
+    main(["test", "--config", "root.yaml"])
+    assert "best.ckpt, epoch" in capsys.readouterr().out
+    config = printed_config(capsys, *"fit --config root.yaml --ckpt_path last".split())
+    assert config["model"]["width"] == 4
+
+
+def test_print_config_shows_what_will_be_used(run, capsys):
+    config = printed_config(capsys, "fit", "--ckpt_path", "last")
+    assert config["model"]["width"] == 4
+    assert config["data"]["demo"] is True
+    assert config["trainer"]["max_epochs"] == 3
+
+
+def test_fast_dev_run_leaves_nothing(own_folder, capfd):
+    main([*TINY, "--trainer.fast_dev_run", "1"])
+    assert "None" not in capfd.readouterr().out
+    assert not Path("lightning_logs").exists()
+
+
+def test_evaluation_takes_the_runs_configuration(own_folder, capfd):
+    """And bare commands find the newest run, and say what to type next."""
+    args = "--trainer.max_epochs 1 --data.split_seed 5 --data.val_size 300".split()
+    main(["fit", "--config", "demo", *TINY[1:], *args])
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["recipe"] == "demo"
     said = capfd.readouterr().out
-    for word in ("best epoch 1 of 1", "lightning_logs/version_1", "python -m allconv test",
-                 "tensorboard --logdir lightning_logs"):  # fmt: skip
-        assert word in said
-    main(["test"])
-    assert Path("lightning_logs/version_1/test.json").is_file()
-    assert not Path("lightning_logs/version_2").exists()
-
-
-def test_table_of_layers_is_printed_before_training(own_folder, capfd):
-    main([*TINY, "--trainer.max_epochs", "1", "--model.width", "64", "--trainer.fast_dev_run", "1"])
-    text = "".join(capfd.readouterr())
-    for part in ("net.conv9", "[1, 64, 32, 32]", "[1, 128, 16, 16]", "[1, 256, 8, 8]", "1.4 M",
-                 "392 M"):  # fmt: skip
-        assert part in text
-    assert "MulticlassAccuracy" not in text
-
-
-def test_evaluation_takes_the_runs_configuration(own_folder):
-    main([*TINY, "--trainer.max_epochs", "1", "--data.split_seed", "5", "--data.val_size", "300"])
+    for words in ("best epoch 1 of 1", str(RUN), "python -m allconv test",
+                  "tensorboard --logdir lightning_logs"):  # fmt: skip
+        assert words in said
     main(["validate"])
-    found = json.loads(Path("lightning_logs/version_0/validate.json").read_text())
+    found = json.loads((RUN / "validate.json").read_text())
     assert found["val/n"] == 300
     assert found["split_seed"] == 5
     assert found["remark"] is None
     assert "demo" in found["data"]
     main(["validate", "--data.split_seed", "6"])
-    found = json.loads(Path("lightning_logs/version_0/validate.json").read_text())
+    found = json.loads((RUN / "validate.json").read_text())
     assert "another split" in found["remark"]
+    assert [path.name for path in Path("lightning_logs").iterdir()] == ["version_0"]
 
 
 def test_evaluation_writes_beside_the_run(run):
@@ -108,20 +144,9 @@ def test_evaluation_writes_beside_the_run(run):
     assert found["checkpoint"] == "lightning_logs/version_0/checkpoints/best.ckpt"
     for name in ("test.png", "test_confusion.png", "curves.png"):
         assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    main(["test", "--ckpt_path", "last"])
+    main(["test", "--ckpt_path", str(LAST)])
     assert json.loads((run / "test.json").read_text())["epoch"] == 3
-    main(["test", "--ckpt_path", str(run / "checkpoints/last.ckpt")])
     assert len(list(Path("lightning_logs").iterdir())) == 1
-
-
-def test_init_starts_from_weights(run):
-    last = str(run / "checkpoints/last.ckpt")
-    main([*TINY, "--init", last, "--model.lr", "1e-9", "--trainer.max_epochs", "1"])
-    old = torch.load(last, weights_only=True)["state_dict"]
-    new = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
-    for key, value in new["state_dict"].items():
-        if key.endswith("weight"):
-            torch.testing.assert_close(value, old[key], atol=1e-5, rtol=0)
 
 
 def test_without_a_run_nothing_is_evaluated(own_folder, refused):
@@ -130,6 +155,17 @@ def test_without_a_run_nothing_is_evaluated(own_folder, refused):
     assert "no run with a last.ckpt" in refused("fit", "--ckpt_path", "last", code=1)
 
 
+def test_an_empty_name_is_no_checkpoint(run, refused):
+    """A script's variable that was never set must not start another run."""
+    for command in ("fit", "test"):
+        assert "ckpt_path is empty" in refused(command, "--ckpt_path", "", code=1)
+    assert "init is empty" in refused("fit", "--init", "", "--data.demo", "true", code=1)
+    assert "init is empty" in refused("fit", "--init=", "--data.demo", "true", code=1)
+    assert len(list(Path("lightning_logs").iterdir())) == 1
+
+
+# what is not refused ends soon
+SHORT = "fit --data.demo true --trainer.max_epochs 1 --trainer.limit_train_batches 1".split()
 BAD_USAGE = {
     "--model.widht 3": "did you mean --model.width?",
     "--modle.width 3": "did you mean --model.width?",
@@ -138,15 +174,12 @@ BAD_USAGE = {
     "--batch_size 3": "unrecognized",
     "--model.width abc": "model.width",
     "--model.width 1.5": "model.width",
-    "--model.width 0": "width is 0: it must be at least 1",
+    "--model.width 0": "width is 0: it must be",
     "--model.width -4": "width is -4",
     "--model.num_classes 1": "num_classes is 1",
     "--model.dropout 1": "dropout is 1.0",
-    "--model.dropout nope": "model.dropout",
     "--model.residuals maybe": "model.residuals",
-    "--model.rectify_logits 3": "model.rectify_logits",
     "--model.lr 0": "model.lr is 0.0: it must be above 0",
-    "--model.lr -0.1": "model.lr is -0.1",
     "--model.momentum 1": "model.momentum is 1.0",
     "--model.weight_decay -1": "model.weight_decay is -1.0",
     "--model.gamma 0": "model.gamma is 0.0",
@@ -154,65 +187,106 @@ BAD_USAGE = {
     "--model.muon_lr -1": "model.muon_lr is -1.0",
     "--model.label_smoothing 1": "model.label_smoothing is 1.0",
     "--model.milestones twenty": "model.milestones",
+    "--model.milestones [-3]": "model.milestones",
     "--data.batch_size 0": "data.batch_size is 0",
-    "--data.batch_size many": "data.batch_size",
     "--data.val_size 5001": "data.val_size is 5001: it must be a multiple of 100",
     "--data.val_size 0": "data.val_size is 0",
     "--data.val_size 50000": "data.val_size is 50000",
     "--data.split_seed -1": "data.split_seed is -1",
     "--data.crop 32": "data.crop is 32",
-    "--data.sizes [[2,20]]": "data.sizes has",
+    "--data.sizes [[2,20]]": "data.sizes",
     "--data.cutmix 1.5": "data.cutmix is 1.5: it must be from 0 to 1",
-    "--data.demo perhaps": "data.demo",
     "--trainer.accelerator warp": "accelerator",
     "--trainer.devices 0": "devices",
     "--trainer.precision 7": "precision",
-    "--trainer.max_epochs ten": "trainer.max_epochs",
+    "--trainer.max_epochs -1 --model.warmup 0.2": "trainer.max_epochs",
     "--seed_everything x": "seed_everything",
-    "--config missing.yaml": "missing.yaml",
-    "--config broken.yaml": "broken.yaml",
-    "--config binary.yaml": "binary.yaml",
-    "--config unknown.yaml": "did you mean model.width?",
-    "--config list.yaml": "list.yaml",
+    "--seed_everything -1": "seed_everything",
+    "--seed_everything 99999999999": "seed_everything",
+    "--config": "--config",
 }
 
 
 @pytest.mark.parametrize("args", BAD_USAGE)
 def test_bad_usage_is_one_line_and_2(args, own_folder, refused):
-    Path("broken.yaml").write_text("model: {width: 3\n")
-    Path("binary.yaml").write_bytes(bytes(range(256)))
-    Path("unknown.yaml").write_text("model:\n  widht: 3\n")
-    Path("list.yaml").write_text("- 1\n- 2\n")
-    line = refused("fit", "--data.demo", "true", *args.split(), code=2)
+    line = refused(*SHORT, *args.split(), code=2)
     assert BAD_USAGE[args] in line
+    assert "object at 0x" not in line  # our insides
+    assert not RUN.exists()
+
+
+BAD_CONFIGS = {
+    "broken": b"model: {width: 3\n",
+    "binary": bytes(range(256)),
+    "list": b"- 1\n- 2\n",
+    "unknown": b"model:\n  widht: 3\n",
+    "aliases": b"a: &a [1, 1]\nb: &b [*a, *a]\nmodel: {milestones: [*b, *b]}\n",
+    "deep": b"model: " + 5000 * b"[" + 5000 * b"]",
+    "twice": b"model: {width: 2}\nmodel: {lr: 0.1}\n",
+    "no_trainer": b"trainer: null\n",
+    "number": b"model: 3\n",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_bad_configuration_is_named_in_one_line(name, own_folder, refused):
+    Path(f"{name}.yaml").write_bytes(BAD_CONFIGS[name])
+    line = refused(*SHORT, "--config", f"{name}.yaml", code=2)
+    words = {"unknown": "did you mean model.width?", "no_trainer": "trainer", "number": "model"}
+    assert words.get(name, f"{name}.yaml") in line
+    assert len(line) < 400
     assert not Path("lightning_logs").exists()
 
 
+def test_a_configuration_that_is_no_file_is_named_in_one_line(own_folder, refused):
+    os.mkfifo("pipe.yaml")
+    for name in ("pipe.yaml", "missing.yaml", "."):
+        assert name in refused(*SHORT, "--config", name, code=2)
+
+
 def bad_checkpoints(run):
+    """What may lie where a checkpoint is looked for."""
     whole = (run / "checkpoints/best.ckpt").read_bytes()
     Path("cut.ckpt").write_bytes(whole[:1000])
     Path("empty.ckpt").write_bytes(b"")
-    Path("text.ckpt").write_text("weights")
     torch.save({"fc.weight": torch.zeros(2)}, "other.ckpt")
     torch.save([1, 2], "list.ckpt")
+    torch.save({"conv1.0.weight": 3}, "number.ckpt")
+    torch.save({"state_dict": None}, "none.ckpt")
     state = AllCNN(width=4).state_dict()
-    del state["conv9.0.weight"]
+    torch.save({**state, "conv5.0.weight": torch.full((8, 8, 3, 3), torch.nan)}, "nan.pt")
+    del state["conv9.0.bias"]
     torch.save(state, "part.pt")
+    return sorted(path for path in Path().iterdir() if path.suffix in (".ckpt", ".pt"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    "cut.ckpt empty.ckpt text.ckpt other.ckpt list.ckpt part.pt gone.ckpt .".split(),
-)
+def test_bad_checkpoints_are_named(run):
+    found = bad_checkpoints(run)
+    assert len(found) == 8
+    for path in found:
+        with pytest.raises(checkpoints.CheckpointError, match=path.name):
+            checkpoints.load(path)
+
+
 @pytest.mark.parametrize("command", ["test --ckpt_path", "fit --ckpt_path", "fit --init"])
-def test_bad_checkpoints_are_one_line_and_1(command, name, run, refused):
+def test_bad_checkpoints_are_one_line_and_1(command, run, refused):
     bad_checkpoints(run)
     before = sorted(Path("lightning_logs").rglob("*"))
-    args = [*command.split(), name, "--data.demo", "true"]
-    if command == "fit --init":
-        args += ["--model.width", "4"]
-    assert name in refused(*args, code=1)
+    for name in ("cut.ckpt", "other.ckpt", "gone.ckpt"):
+        args = [*command.split(), name, "--data.demo", "true"]
+        if command == "fit --init":
+            args += ["--model.width", "4"]
+        assert name in refused(*args, code=1)
     assert sorted(Path("lightning_logs").rglob("*")) == before
+
+
+def test_weights_of_a_checkpoint_without_its_state_cannot_be_resumed(run, refused):
+    content = torch.load(LAST, weights_only=True)
+    kept = ("state_dict", "hyper_parameters", "epoch", "global_step")
+    torch.save({key: content[key] for key in kept}, LAST)
+    args = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]
+    assert "last.ckpt" in refused(*args, code=1)
 
 
 def test_contradicting_the_checkpoint_is_refused(run, refused):
@@ -221,24 +295,44 @@ def test_contradicting_the_checkpoint_is_refused(run, refused):
     assert "made with 4" in line
     assert "model.lr is 0.5" in refused(*"fit --ckpt_path last --model.lr 0.5".split(), code=1)
     line = refused("fit", "--init", "last", "--model.width", "8", "--data.demo", "true", code=1)
-    assert "made with model.width 4, but it is 8 here" in line
+    assert "last.ckpt" in line
 
 
-def test_resuming_on_another_split_is_refused(run, refused):
-    line = refused(
-        *"fit --ckpt_path last --data.split_seed 9 --trainer.max_epochs 5".split(),
-        code=1,
-    )
-    assert "the checkpoint was trained with" in line
+def test_what_a_run_cannot_go_on_with_is_refused(run, refused):
+    go_on = ["fit", "--ckpt_path", "last"]
+    line = refused(*go_on, *"--data.split_seed 9 --trainer.max_epochs 5".split(), code=1)
+    assert "data.split_seed is 9, but the run was trained with 43" in line
+    assert "max_epochs" in refused(*go_on, "--trainer.max_epochs", "2", code=2)
+    assert "--init" in refused(*go_on, "--init", "best", code=2)
 
 
-def test_a_finished_run_says_how_to_go_on(run, refused):
-    assert "max_epochs" in refused(*"fit --ckpt_path last --trainer.max_epochs 2".split(), code=2)
+def test_code_that_a_runs_configuration_names_is_not_run(run, capfd):
+    """config.yaml comes with a run folder of someone else's, and so may a module beside it."""
+    Path("harmless.py").write_text("open('was_run', 'w')\nclass Callback: pass\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for place in ("callbacks", "logger", "plugins"):
+        config["trainer"][place] = [{"class_path": f"harmless.{place}"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for args in (["test"], ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]):
+        main(args)
+        said = capfd.readouterr().err
+        for place in ("callbacks", "logger", "plugins"):
+            assert f"left out: harmless.{place}" in said
+    assert not Path("was_run").exists()
 
 
-def test_a_diverging_run_stops_with_its_step(own_folder, refused):
-    line = refused(*TINY, *["--model.lr", "1e30", "--trainer.log_every_n_steps", "2"], code=1)
+@pytest.mark.parametrize("content", [bytes(range(256)), b"model: {"], ids=["binary", "broken"])
+def test_a_damaged_configuration_of_a_run_is_named_in_one_line(content, run, refused):
+    (run / "config.yaml").write_bytes(content)
+    for args in (["test"], ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]):
+        assert "version_0/config.yaml" in refused(*args, code=1)
+
+
+def test_a_diverging_run_stops_with_its_step(own_folder, refused, capfd):
+    # no words of layers, so that the error is the one line
+    args = [*TINY, "--model.lr", "1e30", "--trainer.log_every_n_steps", "2"]
+    line = refused(*args, "--trainer.enable_model_summary", "false", code=1)
     assert "the training loss is" in line
     assert "at step" in line
-    assert not Path("lightning_logs/version_0/checkpoints/best.ckpt").exists()
-    assert Path("lightning_logs/version_0/checkpoints/last.ckpt").exists()
+    assert not LAST.with_name("best.ckpt").exists()
+    assert LAST.exists()

@@ -1,12 +1,9 @@
 """Uses that are odd but possible; each of these once went wrong or came close to it."""
 
 import csv
-import os
-import shutil
+import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,202 +11,99 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPO, TINY, process
+from conftest import HANGS, RUN, TINY, finish, process, rows
 
-from allconv import data
+from allconv import cifar100
 from allconv.__main__ import main
 from allconv.model import AllCNN
 
 ONE = [*TINY, "--model.width", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches"]
-LAST = "lightning_logs/version_0/checkpoints/last.ckpt"
 
 
-def rates():
-    with Path("lightning_logs/version_0/metrics.csv").open(newline="") as file:
-        return [round(float(row["lr"]), 6) for row in csv.DictReader(file)]
+def column(name):
+    with (RUN / "metrics.csv").open(newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
 
 
-def test_milestones_are_epochs_when_gradients_are_accumulated(own_folder):
-    # 3 batches, 2 a step: the epoch's last step takes the rest, so an epoch has 2 steps, not 1
-    main([*ONE, "3", "--trainer.max_epochs", "4", "--trainer.accumulate_grad_batches", "2",
-          "--model.milestones", "[2]"])  # fmt: skip
-    assert rates() == [0.1, 0.1, 0.05, 0.05]
+# 3 batches, 2 a step: the epoch's last step takes the rest, so an epoch has 2 steps, not 1; or an
+# epoch that is shorter than a step
+@pytest.mark.parametrize(
+    ("accumulate", "epochs", "rates"), [(2, 4, [0.1, 0.1, 0.05, 0.05]), (4, 1, [0.1])]
+)
+def test_milestones_are_epochs_when_gradients_are_accumulated(
+    accumulate, epochs, rates, own_folder
+):
+    main([*ONE, "3", "--trainer.max_epochs", str(epochs), "--model.milestones", "[2]",
+          "--trainer.accumulate_grad_batches", str(accumulate)])  # fmt: skip
+    assert [round(float(rate), 6) for rate in column("lr")] == rates
 
 
-def test_an_epoch_shorter_than_a_step_keeps_the_rate(own_folder):
-    main([*ONE, "3", "--trainer.accumulate_grad_batches", "4"])
-    assert rates() == [0.1]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "bf16-true --trainer.num_sanity_val_steps 1",
+        pytest.param("64-true --trainer.log_every_n_steps 0", marks=pytest.mark.slow),
+        "bf16-mixed --trainer.limit_val_batches 0",  # so there is no best.ckpt
+    ],
+)
+def test_images_have_the_nets_precision(settings, own_folder, capfd):
+    main([*ONE, "2", "--trainer.precision", *settings.split()])
+    named = capfd.readouterr().out.split("test --ckpt_path ")[1].split()[0]
+    main(["test", "--ckpt_path", named])
+    assert len(column("train/loss")) == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
-def test_pictures_have_the_nets_precision(precision, own_folder):
-    main([*ONE, "2", "--trainer.precision", precision])
-    main(["test"])
-
-
-def test_sanity_check_before_training(own_folder):
-    main([*ONE, "2", "--trainer.num_sanity_val_steps", "1"])
-
-
-def test_no_logging_interval(own_folder):
-    main([*ONE, "2", "--trainer.log_every_n_steps", "0"])
-
-
-# Lightning's word that there will be no best.ckpt, which is what is asked for here
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
-def test_the_checkpoint_it_names_at_the_end_is_there(own_folder, capfd):
-    main([*ONE, "2", "--trainer.limit_val_batches", "0"])  # so there is no best
-    said = capfd.readouterr().out
-    assert Path(said.split("test --ckpt_path ")[1].split()[0]).is_file()
-
-
-def test_a_random_seed_is_random_and_written_down(own_folder):
-    found = set()
-    # Lightning's word to its child processes, left behind in this one by other tests
-    clean = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
+def test_a_random_seed_is_random_and_written_down(own_folder, monkeypatch):
     for _ in range(2):
-        running = process(*ONE, "1", "--seed_everything", "true", env=clean)
-        assert running.wait(60) == 0, running.stdout.read()
-        running.stdout.close()
-    for path in Path("lightning_logs").glob("*/config.yaml"):
-        found.add(yaml.safe_load(path.read_text())["seed_everything"])
-    assert len(found) == 2
+        main([*ONE, "1", "--seed_everything", "true"])
+        monkeypatch.delenv("PL_GLOBAL_SEED")  # Lightning's word to child processes
+    found = {
+        yaml.safe_load(path.read_text())["seed_everything"]
+        for path in Path("lightning_logs").glob("*/config.yaml")
+    }
+    assert len(found - {43, True}) == 2
 
 
-def test_resuming_does_not_need_the_weights_that_the_run_began_with(run):
-    shutil.copy(run / "checkpoints/last.ckpt", "begin.ckpt")
-    main([*TINY, "--init", "begin.ckpt", "--trainer.max_epochs", "1"])
-    Path("begin.ckpt").unlink()
-    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+@pytest.mark.slow
+def test_deterministic_is_the_same_run(run):
+    try:
+        main([*TINY, "--trainer.deterministic", "true", "--trainer.max_epochs", "1"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    table = (run.with_name("version_1") / "metrics.csv").read_text()
+    assert (run / "metrics.csv").read_text().startswith(table)
 
 
-def test_init_and_resuming_exclude_each_other(run, refused):
-    assert "init" in refused("fit", "--ckpt_path", "last", "--init", "best", code=2)
+LIGHTNING = (
+    "--trainer.callbacks+=LearningRateMonitor --trainer.callbacks.logging_interval=step "
+    "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss "
+    "--trainer.callbacks.min_delta=100 --trainer.callbacks.patience=1 "
+    "--trainer.callbacks.verbose=true --trainer.profiler simple "
+    "--trainer.log_every_n_steps 2 --trainer.enable_model_summary false"
+).split()
 
 
-@pytest.mark.parametrize("folder", [".", "checkpoints"])
+def test_callbacks_and_profiler_of_lightning_say_what_they_have_to_say(own_folder, capsys):
+    said = finish(*TINY, *LIGHTNING)
+    assert rows(RUN) > 3  # LearningRateMonitor's are not ours
+    assert [epoch for epoch in column("epoch") if epoch] == ["0", "1"]
+    assert "did not improve in the last 1 records" in said  # EarlyStopping's reason
+    assert "run_training_epoch" in said  # the profiler's report
+    assert "net.conv9" not in said
+    for noise in ("Seed set to", "Tip", "available", "reached", "weights_only"):
+        assert noise not in said, noise
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+    assert [epoch for epoch in column("epoch") if epoch] == ["0", "1", "2"]
+    capsys.readouterr()
+    main(["runs", "--json"])
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("folder", [pytest.param(".", marks=pytest.mark.slow), "checkpoints"])
 def test_a_checkpoint_finds_its_run_from_within(folder, run, own_folder, monkeypatch):
     monkeypatch.chdir(run / folder)
     name = "best.ckpt" if folder == "checkpoints" else "checkpoints/best.ckpt"
     main(["test", "--ckpt_path", name, "--data.data_dir", str(own_folder / "data")])
-
-
-def test_print_config_shows_what_will_be_used(run, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path", "last", "--print_config"])
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["width"] == 4
-    assert config["data"]["demo"] is True
-
-
-def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
-    main([*TINY, "--config", str(REPO / "configs/every_epoch.yaml")])
-    expected = torch.load(LAST, weights_only=True)["state_dict"]
-    table = Path("lightning_logs/version_0/metrics.csv").read_text()
-    main(["fit", "--ckpt_path", "lightning_logs/version_0/checkpoints/epoch0.ckpt"])
-    found = torch.load(LAST, weights_only=True)["state_dict"]
-    assert all(torch.equal(value, found[key]) for key, value in expected.items())
-    assert Path("lightning_logs/version_0/metrics.csv").read_text() == table
-    # an epoch has one file, not the stopped run's and "-v1" of the other
-    assert len(list(Path("lightning_logs/version_0/checkpoints").iterdir())) == 5
-
-
-def test_a_table_whose_resume_was_killed_is_whole_again(run):
-    before = (run / "metrics.csv").read_text()
-    # what a kill leaves between moving the table away and writing it anew
-    (run / "metrics.csv").rename(run / "metrics.before-resume.csv")
-    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"])
-    assert (run / "metrics.csv").read_text().startswith(before)
-    assert not (run / "metrics.before-resume.csv").exists()
-
-
-def make(path, content=b""):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content)
-
-
-def demo(**files):
-    data.CIFAR100(demo=True).prepare_data()
-    for name, size in files.items():
-        path = Path(f"data/cifar-100-demo/{name}.bin")
-        path.write_bytes(path.read_bytes()[:size])
-
-
-DEMO = "--data.demo true "
-# what is prepared, arguments, exit code, what the line says
-BAD = {
-    "config without a file": (None, "--config", 2, "--config"),
-    "a file where a folder should be": (
-        lambda: make("data/cifar-100-binary"), "", 1, "data/cifar-100-binary"),
-    "long name": (None, "--data.data_dir " + 300 * "x", 1, "File name too long"),
-    "no place for the demo set": (None, DEMO + "--data.data_dir /proc/none", 1, "/proc/none"),
-    "no place for runs": (
-        demo, DEMO + "--trainer.default_root_dir /proc/none", 1, "/proc/none"),
-    "a file instead of runs": (
-        lambda: make("lightning_logs"), DEMO, 1, "lightning_logs"),
-    "demo set cut to a record": (
-        lambda: demo(train=data.RECORD), DEMO, 1, "cifar-100-demo/train.bin"),
-    "seed below": (None, DEMO + "--seed_everything -1", 2, "seed_everything"),
-    "seed above": (None, DEMO + "--seed_everything 99999999999", 2, "seed_everything"),
-    "no trainer": (
-        lambda: make("c.yaml", b"trainer: null"), "--config c.yaml " + DEMO, 2, "trainer"),
-    "model is a number": (
-        lambda: make("c.yaml", b"model: 3"), "--config c.yaml " + DEMO, 2, "model"),
-    "bad milestone": (None, DEMO + "--model.milestones [-3]", 2, "model.milestones"),
-    "no weights to begin with": (None, DEMO + "--init none.ckpt", 1, "init is none.ckpt"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_surroundings_are_one_line(what, own_folder, refused):
-    prepare, args, code, message = BAD[what]
-    if prepare:
-        prepare()
-    line = refused("fit", "--trainer.max_epochs", "1", "--model.width", "2", *args.split(),
-                   code=code)  # fmt: skip
-    assert message in line
-    assert "object at 0x" not in line  # our insides
-
-
-def without_a_weight(run):
-    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-    del content["state_dict"]["net.conv9.0.bias"]
-    torch.save(content, run / "checkpoints/best.ckpt")
-
-
-WRONG = {
-    "a weight is missing": without_a_weight,
-    "config.yaml is no text": lambda run: make(run / "config.yaml", bytes(range(256))),
-    "config.yaml is broken": lambda run: make(run / "config.yaml", b"model: {"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_damaged_run_is_named_in_one_line(what, run, refused):
-    WRONG[what](run)
-    line = refused("test", code=1)
-    assert "version_0" in line
-
-
-STRANGE = {
-    "number": {"conv1.0.weight": 3},
-    "no hyperparameters": {"state_dict": {"net.conv1.0.weight": torch.zeros(1)}},
-    "no weights": {"state_dict": None},
-}
-
-
-@pytest.mark.parametrize("what", STRANGE)
-def test_a_strange_checkpoint_is_named_in_one_line(what, own_folder, refused):
-    torch.save(STRANGE[what], "strange.ckpt")
-    assert "strange.ckpt" in refused("test", "--ckpt_path", "strange.ckpt", code=1)
-
-
-def test_weights_of_a_checkpoint_without_its_state_cannot_be_resumed(run, refused):
-    content = torch.load(LAST, weights_only=True)
-    kept = ("state_dict", "hyper_parameters", "epoch", "global_step")
-    torch.save({key: content[key] for key in kept}, LAST)
-    args = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]
-    assert "last.ckpt" in refused(*args, code=1)
 
 
 def test_the_notebooks_residual_checkpoint_is_tested(run):
@@ -217,10 +111,39 @@ def test_the_notebooks_residual_checkpoint_is_tested(run):
     main(["test", "--ckpt_path", "epoch9.pt", "--data.demo", "true", "--model.residuals", "true"])
 
 
-def python(code):
-    """Start a process that runs `code`; for what `python -m allconv` cannot be told by flags."""
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], **out)
+def make(path, content=b""):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+
+
+def cut_demo():
+    cifar100.prepare("data", demo=True)
+    path = Path("data/cifar-100-demo/train.bin")
+    path.write_bytes(path.read_bytes()[: cifar100.RECORD])
+
+
+DEMO = "--data.demo true "
+# what is prepared, arguments, what the line says
+BAD = {
+    "a file where a folder should be": (lambda: make("data"), DEMO, "data"),
+    "a long name": (None, "--data.data_dir " + 300 * "x", "File name too long"),
+    "no place for the demo set": (None, DEMO + "--data.data_dir /proc/none", "/proc/none"),
+    "no place for runs": (None, DEMO + "--trainer.default_root_dir /proc/none", "/proc/none"),
+    "a file instead of runs": (lambda: make("lightning_logs"), DEMO, "lightning_logs"),
+    "a demo set cut to a record": (cut_demo, DEMO, "cifar-100-demo/train.bin"),
+    "no weights to begin with": (None, DEMO + "--init none.ckpt", "init is none.ckpt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_surroundings_are_one_line(what, own_folder, refused):
+    prepare, args, message = BAD[what]
+    if prepare:
+        prepare()
+    line = refused("fit", "--trainer.max_epochs", "1", "--model.width", "2",
+                   "--trainer.enable_model_summary", "false", *args.split(), code=1)  # fmt: skip
+    assert message in line
+    assert not RUN.exists()
 
 
 class Answers:
@@ -253,63 +176,46 @@ CUT = {
 
 
 @pytest.mark.parametrize("how", CUT)
-def test_a_broken_download_leaves_nothing(how, own_folder, capfd, monkeypatch):
-    monkeypatch.setattr(data, "URL", Answers(CUT[how]).url)
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--model.width", "2"])
-    assert end.value.code == 1
-    assert "put there cifar-100-python.tar.gz" in capfd.readouterr().err
-    assert not list(Path("data").iterdir())
+def test_a_broken_download_is_one_line_and_not_taken_for_the_data(
+    how, own_folder, refused, monkeypatch
+):
+    monkeypatch.setattr("torchvision.datasets.CIFAR100.url", Answers(CUT[how]).url)
+    for _ in range(2):  # the second finds what the first left
+        line = refused("fit", "--model.width", "2", code=1)
+        assert "download failed" in line
+        assert "put there cifar-100-python.tar.gz" in line
+    assert not Path("lightning_logs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_download_is_one_message_and_leaves_nothing(number, code, own_folder):
+def test_an_interrupted_download_is_one_line(number, code, own_folder):
     size = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n"
-    url = Answers(size + bytes(200_000), pause=30).url
-    start = "from allconv import data, __main__; data.URL = {!r}; __main__.main(['fit'])"
-    running = python(start.format(url))
-    while not list(Path("data").glob(".download*/*")):
+    url = Answers(size + bytes(2_000_000), pause=HANGS).url
+    start = (
+        "import sys; from torchvision.datasets import CIFAR100; from allconv.__main__ import main\n"
+        "CIFAR100.url = sys.argv[1]; main(['fit'])"
+    )
+    running = process(url, code=start)
+    while not any(path.stat().st_size for path in Path().glob("data/*")):
         assert running.poll() is None, running.stdout.read()
         time.sleep(0.05)
     running.send_signal(number)
-    said, _ = running.communicate(timeout=30)
-    assert running.returncode in (code, -number)
-    assert "Traceback" not in said
-    assert not list(Path("data").iterdir())
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_test_does_not_count_as_done(number, code, run):
-    start = (
-        "import os; from allconv import data, __main__\n"
-        "def strike(*_): os.kill(os.getpid(), {}); return normal(*_)\n"
-        "normal, data.CIFAR100.on_after_batch_transfer = "
-        "data.CIFAR100.on_after_batch_transfer, strike\n"
-        "__main__.main(['test'])"
-    )
-    running = python(start.format(int(number)))
-    said, _ = running.communicate(timeout=60)
+    said, _ = running.communicate(timeout=HANGS)
     assert running.returncode == code, said
     assert "Traceback" not in said
+    assert not Path("lightning_logs").exists()
 
 
-def test_two_processes_resume_without_touching_other_tables(run):
-    before = (run / "metrics.csv").read_text()
-    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    for args in ([*ONE, "2", *two], ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"]):
-        running = process(*args)
-        said, _ = running.communicate(timeout=120)
-        assert running.returncode == 0, said
-    assert (run / "metrics.csv").read_text() == before
-    table = Path("lightning_logs/version_1/metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in table] == ["epoch", "0", "1"]
-
-
-def test_two_processes_with_unequal_numbers_of_batches(run):
-    path = Path("data/cifar-100-demo/test.bin")
-    path.write_bytes(path.read_bytes() + path.read_bytes()[: data.RECORD])  # 501 and 500
-    two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    running = process("test", *two)
-    said, _ = running.communicate(timeout=120)
-    assert running.returncode == 0, said
-    assert "1,001 pictures" in said
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_test_does_not_count_as_done(number, code, run):
+    """Struck from within, by a callback of the user's."""
+    before = (run / "test.json").read_bytes()
+    Path("strike.py").write_text(
+        "import os, lightning.pytorch\nclass Strike(lightning.pytorch.Callback):\n"
+        f"    def on_test_batch_end(self, *_): os.kill(os.getpid(), {int(number)})\n"
+    )
+    said = finish("test", "--trainer.callbacks+=strike.Strike", expected=code)
+    assert said.splitlines()[-1].startswith("allconv: ")
+    assert (run / "test.json").read_bytes() == before

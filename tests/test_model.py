@@ -1,4 +1,4 @@
-"""The net: the notebook's function exactly, and its repairs."""
+"""The network: the notebook's function exactly, its repairs and its initializations."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from allconv.model import AllCNN, dirac_, whiten_
+from allconv.model import AllCNN, biases_before_norm, dirac_, whiten_
 
 GOLDEN = np.load(Path(__file__).with_name("golden.npz"))
 
@@ -48,14 +48,14 @@ def test_parameter_counts(width, count):
 
 @pytest.mark.parametrize("size", [20, 24, 32, 33])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_any_batch_and_picture_size(batch, size):
+def test_any_batch_and_image_size(batch, size):
     net = AllCNN(width=2).eval()
     x = torch.randn(batch, 3, size, size)
     assert net(x).shape == (batch, 100)
     torch.testing.assert_close(net.maps(x).mean((2, 3)), net(x))
 
 
-def test_only_the_repaired_net_has_negative_logits():
+def test_only_the_repaired_network_has_negative_logits():
     x = torch.randn(8, 3, 32, 32)
     assert AllCNN(width=4)(x).min() >= 0
     assert AllCNN(width=4, dropout=0, rectify_logits=False)(x).min() < 0
@@ -80,13 +80,47 @@ def test_imports_torch_and_nothing_else_of_ours():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_dirac_begins_as_the_identity():
+@pytest.mark.parametrize("arguments", [{}, {"dropout": 0, "rectify_logits": False}])
+def test_the_biases_before_a_norm_are_those_of_the_first_eight_convolutions(arguments):
+    net = AllCNN(width=2, **arguments)
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = [names[id(bias)] for bias in biases_before_norm(net)]
+    assert found == [f"conv{i}.0.bias" for i in range(1, 9)]
+    # and the norm does cancel them
+    images = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    before = net(images)
+    for bias in biases_before_norm(net):
+        torch.nn.init.normal_(bias)
+    torch.manual_seed(1)
+    torch.testing.assert_close(net(images), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_can_be_scripted(residuals):
+    net = AllCNN(width=2, residuals=residuals).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(net)(images), net(images))
+
+
+def test_dirac_starts_as_the_identity():
     net = AllCNN(width=4, dropout=0)
     dirac_(net)
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(
         net.conv2[0](x) - net.conv2[0].bias[:, None, None], x, atol=1e-6, rtol=0
     )
+
+
+def test_dirac_leaves_the_first_and_the_1x1_convolutions_random():
+    torch.manual_seed(1)
+    net = AllCNN(width=4)
+    torch.manual_seed(1)
+    untouched = AllCNN(width=4).state_dict()
+    dirac_(net)
+    changed = [k for k, v in net.state_dict().items() if not torch.equal(v, untouched[k])]
+    assert changed == [f"conv{i}.0.weight" for i in range(2, 8)]
 
 
 def test_whitening_filters_whiten():

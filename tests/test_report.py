@@ -1,4 +1,4 @@
-"""`report`: what the page says, that it needs nothing else, and what is refused."""
+"""`report`: what the page says, that it needs no other file, and what is refused."""
 
 import json
 import math
@@ -14,8 +14,14 @@ import pytest
 import torch
 
 from allconv.__main__ import main
+from allconv.commands.report_statistics import (
+    calibration,
+    fit_temperature,
+    mcnemar,
+    paired_interval,
+    wilson,
+)
 from allconv.model import AllCNN
-from allconv.report import fit_temperature, mcnemar, paired_interval, wilson
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -40,7 +46,7 @@ class Page(HTMLParser):
 
 
 def check_self_contained(path):
-    """Everything is in the file: pictures that can be read, each with words for it."""
+    """Everything is in the file: images that can be read, each with a description."""
     page = Page(path)
     assert path.stat().st_size < 3e6
     assert all(address.startswith("data:") for address in page.addresses)
@@ -68,63 +74,92 @@ def pages(finished_run, tmp_path_factory):
     return run / "report.html", run / "report_against_version_0_last.html"
 
 
-def test_the_page_of_a_run_says_what_test_says(pages):
+def test_the_page_of_a_run_agrees_with_test(pages):
     page = check_self_contained(pages[0])
     found = json.loads(pages[0].with_name("test.json").read_text())
     assert f"{100 * found['test/acc']:.2f} % accuracy" in page.text
     assert f"{100 * found['test/top5']:.2f} %" in page.text
     assert f"{found['test/loss']:.4f}" in page.text
-    assert f"{round(1000 * found['test/acc'])} of 1,000 test pictures" in page.text
+    assert f"{round(1000 * found['test/acc'])} of 1,000 test images" in page.text
     assert "not CIFAR-100" in page.text.split("% accuracy")[0]
-    for part in ("best.ckpt", "highest validation accuracy", "95 % interval", "errors stay inside",
-                 "Confused pairs", "most confident mistakes", "temperature", "max_epochs: 3",
-                 "red disc"):  # fmt: skip
+    for part in ("best.ckpt", "95 % interval", "errors stay inside", "Confused pairs",
+                 "confident mistakes", "temperature", "max_epochs: 3", "red disc"):  # fmt: skip
         assert part in page.text
     kinds = [image["src"].split(";")[0] for image in page.images]
     assert kinds.count("data:image/svg+xml") == 4  # curves, classes, confusion, reliability
-    maps = [image["alt"] for image in page.images if "under the map of" in image["alt"]]
+    maps = [image["alt"] for image in page.images if "evidence map of" in image["alt"]]
     assert len(maps) >= 2 * 12 + 10
 
 
-def test_the_page_of_two_counts_every_picture(pages):
+def test_the_page_of_two_counts_every_image(pages):
     page = check_self_contained(pages[1])
     both, only_a, only_b, neither = map(
         int, re.search(r"A right\s+(\d+)\s+(\d+)\s+A wrong\s+(\d+)\s+(\d+)", page.text).groups()
     )
     assert both + only_a + only_b + neither == 800
-    assert f"accuracy of {(both + only_a) / 8:.2f} %, B of {(both + only_b) / 8:.2f} %" in page.text
+    assert (
+        f"accuracy of {(both + only_a) / 8:.2f} % and B of {(both + only_b) / 8:.2f} %" in page.text
+    )
     assert f"p = {mcnemar(only_a, only_b):.2g}" in page.text
-    assert "which here are the pictures reported as well" in page.text
+    assert "also the images reported here" in page.text
 
 
-def browse(path, folder, width=360):
-    """Open a page in headless Chromium: what it says on its console, and how often it asks out."""
-    log, profile = folder / "net.json", folder / "profile"
+def browse(path, folder, width=390):
+    """What a page does in headless Chromium.
+
+    Returns:
+        Messages on its console, its requests, and the tables wider than the window.
+    """
+    log, probe = folder / "net.json", folder / "probe.html"
+    script = "Array.from(document.querySelectorAll('table'), t => t.getBoundingClientRect().right)"
+    probe.write_text(
+        f"{path.read_text('utf-8')}<script>document.body.dataset.wide = {script}"
+        ".filter(right => right > innerWidth).length</script>",
+        "utf-8",
+    )
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
         "--disable-background-networking --disable-component-update --enable-logging=stderr "
-        f"--log-net-log={log} --user-data-dir={profile} --window-size={width},800 "
-        f"--screenshot={folder}/page.png"
+        f"--log-net-log={log} --user-data-dir={folder}/profile --window-size={width},800 --dump-dom"
     ).split()
     # no name is looked up: Chromium asks for things of its own as well, whatever the page is
     flags.append("--host-resolver-rules=MAP * ~NOTFOUND")
     done = subprocess.run(
-        [CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *flags, probe.as_uri()], capture_output=True, text=True, timeout=300
     )
-    assert (folder / "page.png").stat().st_size > 1000
+    wide = re.search(r'data-wide="(\d+)"', done.stdout)
     # a file's origin is null; Chromium's own requests have none
-    return done.stderr.count(":CONSOLE:"), log.read_text().count('"initiator":"null"')
+    requests = log.read_text().count('"initiator":"null"')
+    return done.stderr.count(":CONSOLE:"), requests, int(wide[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here: the pages are not opened in a browser")
-def test_a_browser_opens_them_without_error_or_request(pages, tmp_path):
+def test_a_browser_shows_them_whole_without_error_or_request(pages, tmp_path):
     bad = tmp_path / "bad.html"
-    bad.write_text("<script>console.error(1)</script><img src='http://example.invalid/x.png'>")
-    errors, requests = browse(bad, tmp_path)
+    bad.write_text(
+        "<script>console.error(1)</script><img src='http://example.invalid/x.png'>"
+        "<body><table><tr><td><div style='width: 600px'>wide</div></table>"
+    )
+    errors, requests, wide = browse(bad, tmp_path)
     assert errors >= 1
     assert requests >= 1
-    assert browse(pages[0], tmp_path) == (0, 0)
-    assert browse(pages[1], tmp_path, 1200) == (0, 0)
+    assert wide == 1
+    for page in pages:
+        assert browse(page, tmp_path) == (0, 0, 0)
+
+
+def test_odd_names_and_few_images(run, capfd):
+    """A folder name is not a formula, and a class may have no image."""
+    shutil.copytree(run, "a$b_$c")
+    data = Path("data/cifar-100-demo/test.bin")
+    data.write_bytes(data.read_bytes()[: 13 * 3074])  # of the first two classes
+    main(["report", "a$b_$c"])
+    assert "of 13 test images" in Page(Path("a$b_$c/report.html")).text
+    main(["report", "a$b_$c", "best", "--out", "new/two.html"])
+    assert "a$b_$c" in Page(Path("new/two.html")).text
+    progress = capfd.readouterr().err
+    assert progress.count("A: 13 test images") == progress.count("B: 800 val images") + 1 == 2
 
 
 def test_statistics():
@@ -132,7 +167,7 @@ def test_statistics():
     assert mcnemar(5, 1) == mcnemar(1, 5) == 2 * (1 + 6) / 64
     assert 0 < mcnemar(4000, 3000) < 1e-30
     low, high = wilson(7019, 10_000)
-    # the interval holds the shares whose own standard error reaches the one that was found
+    # the interval holds the proportions whose own standard error reaches the one that was found
     for share in (low, high):
         sigma = math.sqrt(share * (1 - share) / 10_000)
         assert math.isclose(abs(0.7019 - share), 1.959964 * sigma)
@@ -142,22 +177,33 @@ def test_statistics():
     assert paired_interval(40, 60, 1000) == (-high, -low)
 
 
-def test_the_temperature_is_found():
+def test_calibration():
     torch.manual_seed(0)
     logits = 2 * torch.randn(20_000, 10)
     labels = torch.distributions.Categorical(logits=logits).sample()
-    assert math.isclose(fit_temperature(3 * logits, labels), 3, rel_tol=0.03)
+    assert calibration(logits, labels)[1] < 0.01
+    loss, ece = calibration(3 * logits, labels)
+    assert math.isclose(loss, torch.nn.functional.cross_entropy(3 * logits, labels), rel_tol=1e-5)
+    confidence, predicted = (3 * logits).softmax(1).max(1)
+    # the net is too sure in every bin, so the gaps add up to that of the means
+    gap = confidence.mean() - (predicted == labels).float().mean()
+    assert math.isclose(ece, gap, abs_tol=1e-3)
+    temperature = fit_temperature(3 * logits, labels)
+    assert math.isclose(temperature, 3, rel_tol=0.03)
+    best = calibration(3 * logits / temperature, labels)[0]
+    assert all(best < calibration(3 * logits / (temperature * x), labels)[0] for x in (0.99, 1.01))
 
 
 BAD = {
     "gone.ckpt": "A is gone.ckpt: no such file",
     "best gone.ckpt": "B is gone.ckpt: no such file",
-    "empty": "empty/checkpoints/best.ckpt: no such file",
+    "empty": "no such file",
     "text.ckpt": "text.ckpt: not a checkpoint that can be read",
-    "best bare.pt": "A has other pictures than B",
-    "ten.pt": "size mismatch for conv9.0.weight",
-    "--out lightning_logs": "lightning_logs",
+    "best bare.pt": "A and B know different classes",
+    "ten.pt": "ten.pt: has 10 classes, but CIFAR-100 has 100",
+    "nan.pt": "conv1.0.bias",
     "broken": "config.yaml",
+    "--out text.ckpt/page.html": "text.ckpt",
 }
 
 
@@ -165,7 +211,10 @@ BAD = {
 def test_bad_input_is_one_line_and_1(args, run, refused):
     Path("empty").mkdir()
     Path("text.ckpt").write_text("weights")
-    torch.save(AllCNN(width=4).state_dict(), "bare.pt")
+    state = AllCNN(width=4).state_dict()
+    torch.save(state, "bare.pt")
+    state["conv1.0.bias"][0] = math.nan
+    torch.save(state, "nan.pt")
     torch.save(AllCNN(width=4, num_classes=10).state_dict(), "ten.pt")
     shutil.copytree(run, "broken")
     Path("broken/config.yaml").write_text("model: {width: 3\n")
@@ -173,9 +222,18 @@ def test_bad_input_is_one_line_and_1(args, run, refused):
     assert not (run / "report.html").exists()
 
 
-def test_bad_usage_is_one_line_and_2(run, refused):
-    assert "split" in refused(*"report --split train".split(), code=2)
-    assert "did you mean --data_dir?" in refused(*"report --data_dri x".split(), code=2)
+USAGE = {
+    "--split train": "split",
+    "--data_dri x": "did you mean --data_dir?",
+    "--out lightning_logs": "lightning_logs: expected an HTML file",
+    "--out lightning_logs/version_0/checkpoints/best.ckpt": "best.ckpt: expected an HTML file",
+}
+
+
+@pytest.mark.parametrize("args", USAGE)
+def test_bad_usage_is_one_line_and_2(args, run, refused):
+    """Before a net has run: nothing but the line is on the error stream."""
+    assert USAGE[args] in refused("report", *args.split(), code=2)
 
 
 def test_without_a_run_there_is_no_report(own_folder, refused):

@@ -1,16 +1,20 @@
 """`runs`: what it says of whole runs, of damaged ones, and of several seeds."""
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 import yaml
-from conftest import REPO, TINY
+from conftest import REPO, TINY, process
 
 from allconv.__main__ import main
-from allconv.runs import best_row
+from allconv.rundir import best_row
 
 
 def listed(capsys, *args):
@@ -94,25 +98,91 @@ def test_sorting_and_plain_text_in_a_pipe(run, capsys):
     assert "long" * 50 in lines[2]
 
 
+def test_an_ascii_terminal_gets_the_seeds_too(run):
+    copied(run, 1, 44)
+    for variables in ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}):
+        child = process("runs", env={**os.environ, **variables})
+        said = child.communicate()[0]
+        assert child.returncode == 0, said
+        assert "(n = 2)" in said
+
+
+def test_control_characters_are_escaped(run, capsys):
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", "--recipe", "a\x1b[31mb\nc"])
+    capsys.readouterr()
+    main(["runs"])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "a\\x1b[31mb\\nc" in said
+
+
+def test_a_test_of_a_part_is_no_test(run, capsys):
+    main(["test", "--trainer.limit_test_batches", "1"])
+    assert listed(capsys)["runs"][0]["test/acc"] is None
+
+
+# each with whether it can be told from a file that says nothing
 DAMAGED = {
-    "config.yaml": [bytes(range(256)), b"model: {", b"- 1", b"model: 3\ndata: [1]\ntrainer:\n"],
-    "metrics.csv": [bytes(range(256)), b"epoch,val/acc\n1,abc\n", b"1,2\n3,4,5\n", b""],
-    "test.json": [bytes(range(256)), b"{", b"[1]", b'{"checkpoint": 3}'],
+    "config.yaml": {
+        bytes(range(256)): True,
+        b"model: {": True,
+        b"- 1": True,
+        b"model: 3\ndata: [1]\ntrainer:\n": True,
+        b"recipe: {a: 1}\nseed_everything: [1]\nmodel: {width: [3]}\n": False,
+        b"1: 2\nb: 3\nrecipe: 2026-01-01\n": False,
+    },
+    "metrics.csv": {
+        bytes(range(256)): True,
+        b"1,2\n3,4,5\n": True,
+        b"epoch,step,val/acc\n0,5,nan\n": False,
+        b"epoch,val/acc\n1,abc\n": True,
+        b"": False,
+    },
+    "test.json": {
+        bytes(range(256)): False,
+        b"{": False,
+        b"[1]": False,
+        b'{"checkpoint": 3}': False,
+        b'{"checkpoint": "best.ckpt", "epoch": 3, "remark": null, "test/acc": "x"}': False,
+    },
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_run_is_listed_with_what_is_known(name, run, capsys):
-    for content in DAMAGED[name]:
+def test_a_damaged_run_is_listed_with_what_is_wrong(name, run, capsys):
+    copied(run, 1, 44)
+    for content, told in DAMAGED[name].items():
         (run / name).write_bytes(content)
-        (row,) = listed(capsys)["runs"]
-        assert row["number"] == 0
+        row, other = listed(capsys)["runs"]
+        assert (row["number"], other["width"], other["problem"]) == (0, 4, None)
         assert row["test/acc"] is None or name == "config.yaml"
         assert row["width"] == 4 or name == "config.yaml"
+        assert bool(row["problem"]) == told, content
         main(["runs"])
+        said = capsys.readouterr().out
+        assert not told or row["problem"].splitlines()[0] in said
+
+
+@pytest.mark.parametrize("end", ["x", "", "99999999999999999999.vm", "²³.vm", "1.2", "..."])
+def test_odd_event_files_are_passed_over(end, run, capsys):
+    before = listed(capsys)
+    (run / f"events.out.tfevents.{end}").touch()
+    assert listed(capsys) == before
 
 
 def test_without_runs_and_with_wrong_columns(own_folder, refused):
     assert "no runs in" in refused("runs", code=1)
     assert "no runs in" in refused("runs", "--logs", "elsewhere", code=1)
     assert "sort" in refused("runs", "--sort", "widht", code=2)
+
+
+def test_it_is_quick(run):
+    """No torch: at most 0.3 of the user CPU time of importing it, measured in turns."""
+
+    def seconds(*args):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        subprocess.run([sys.executable, *args], check=True, stdout=subprocess.DEVNULL)
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    rounds = [(seconds("-m", "allconv", "runs"), seconds("-c", "import torch")) for _ in range(3)]
+    assert median(ours / torch for ours, torch in rounds) <= 0.3

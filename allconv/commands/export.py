@@ -1,0 +1,144 @@
+"""`python -m allconv export --out FILE`: a trained net as a file for others.
+
+Both kinds say in their metadata, under "allconv" as a JSON object, what they are: see `describe`.
+The package's own `pretrained.safetensors` is made by this command.
+"""
+
+import copy
+import inspect
+import json
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from allconv import evaluation, rundir
+from allconv.errors import Parser, UsageError, UserError
+
+if TYPE_CHECKING:
+    from allconv.checkpoints import Checkpoint
+    from allconv.model import AllCNN
+
+TOLERANCE = 1e-4  # between ONNX Runtime's logits and torch's, as a share of the largest
+
+
+def export(out: str, ckpt_path: str = "best") -> None:
+    """Write a trained net as a file for others.
+
+    Args:
+        out: file to write; its ending decides: .onnx (images in, logits out, for ONNX Runtime) or
+            .safetensors (the weights).
+        ckpt_path: best or last (of the newest run that has it), pretrained, a run directory, or a
+            file.
+    """
+    path, writers = Path(out), {".onnx": _onnx, ".safetensors": _safetensors}
+    if path.suffix not in writers:
+        raise UsageError(f"out is {out}: its ending must be {' or '.join(writers)}")
+    from allconv import checkpoints
+
+    checkpoint = checkpoints.load(checkpoints.find(ckpt_path))
+    metadata = describe(checkpoint)
+    content, remark = writers[path.suffix](checkpoint.net(), metadata)
+    rundir.write_whole(path, lambda file: file.write(content))
+    results = [f"{k}/acc {metadata[k]['acc']:.4f}" for k in ("val", "test") if k in metadata]
+    print(f"{checkpoint.path}, epoch {metadata['epoch']}: {', '.join(results) or 'not evaluated'}")
+    print(f"written: {path} ({len(content) / 1e6:.2f} MB)\n{remark.format(path)}")
+
+
+def describe(checkpoint: "Checkpoint") -> dict[str, object]:
+    """What a net's file says of it: its arguments, classes, recipe, data settings and results.
+
+    Results are those that the run's files hold for this very checkpoint; others are left out.
+    """
+    from allconv.cifar100 import MEAN, STD
+    from allconv.model import AllCNN
+
+    if checkpoint.metadata:
+        return checkpoint.metadata
+    if not checkpoint.data:
+        raise UserError(f"{checkpoint.path}: does not say on what it was trained; a run's does")
+    rows = rundir.read_metrics(checkpoint.run) if checkpoint.run else []
+    # written by training when it saved this checkpoint
+    row = next((r for r in rows if "val/acc" in r and r["step"] == checkpoint.step - 1), {})
+    of = checkpoint.path.name, checkpoint.epoch
+    arguments = inspect.signature(AllCNN).parameters
+    metadata = {
+        "hparams": {name: checkpoint.hparams[name] for name in arguments},
+        "classes": checkpoint.dataset.CLASSES,
+        "mean": MEAN,
+        "std": STD,
+        "epoch": checkpoint.epoch,
+        "recipe": checkpoint.config,
+        **{key: checkpoint.data.get(key) for key in ("demo", "val_size", "split_seed")},
+        "val": _results(row or evaluation.read(checkpoint.folder, "validate", *of), "val"),
+        "test": _results(evaluation.read(checkpoint.folder, "test", *of), "test"),
+        "version": version("allconv"),
+    }
+    return {name: value for name, value in metadata.items() if value != {}}
+
+
+def _results(found: dict[str, float], split: str) -> dict[str, float]:
+    names = ("acc", "top5", "loss", "n") if found else ()
+    return {k: round(found[f"{split}/{k}"], None if k == "n" else 7) for k in names}
+
+
+def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
+    """The net's state dict in float32; the same bytes for the same net and metadata."""
+    import safetensors.torch
+
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    flag = " --data.demo true" if metadata["demo"] else ""
+    content = safetensors.torch.save(weights, {"allconv": json.dumps(metadata)})
+    return content, f"next: python -m allconv test --ckpt_path {{}}{flag}"
+
+
+def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
+    """The net and its normalization, for any number of images; compared in ONNX Runtime."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if missing:
+        raise UserError(f'.onnx needs {", ".join(missing)}: pip install ".[export]"')
+    import onnxruntime
+    import torch
+
+    from allconv.augment import normalize
+    from allconv.cifar100 import MEAN, STD
+
+    class FromBytes(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, 32, 32) uint8
+            return self.net((images - self.mean) / self.std)
+
+    module = FromBytes().eval()
+    module.net = copy.deepcopy(net)
+    for layer in list(module.net.children())[:-1]:  # torch 2.6 cannot export a batch norm
+        layer[0], layer[1] = torch.nn.utils.fuse_conv_bn_eval(*layer[:2]), torch.nn.Identity()
+    for name, values in (("mean", MEAN), ("std", STD)):
+        module.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
+    images = torch.randint(256, (33, 3, 32, 32), generator=torch.Generator(), dtype=torch.uint8)
+    options = {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    with Console(stderr=True).status("exporting to ONNX"):
+        program = torch.onnx.export(module, (images,), dynamo=True, **options)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces with the folders of this machine
+    program.model.doc_string = "AllCNN: RGB images (B, 3, 32, 32) uint8 to logits (B, classes)"
+    texts = {"classes": ",".join(metadata["classes"]), "allconv": json.dumps(metadata)}
+    program.model.metadata_props.update(texts)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found = [session.run(None, {"images": part.numpy()})[0] for part in images.split((1, 32))]
+    with torch.inference_mode():
+        expected = net(normalize(images, MEAN, STD))
+    off = (torch.cat([torch.tensor(logits) for logits in found]) - expected).abs().max()
+    off = (off / expected.abs().max().clip(1)).item()  # rectified logits may all be zero
+    if not off <= TOLERANCE:  # NaN is refused as well
+        raise UserError(f"ONNX Runtime's logits differ from torch's by {off:.1e}")
+    return content, f"in ONNX Runtime its logits are torch's within {off:.1e} of the largest"
+
+
+def main(args: list[str]) -> None:
+    """Run the command."""
+    parser = Parser(prog="allconv export", description=export.__doc__.splitlines()[0])
+    parser.add_function_arguments(export)
+    export(**parser.parse_args(args).as_dict())

@@ -1,0 +1,128 @@
+"""`python -m allconv runs`: what was trained with what result, and how far seeds differ."""
+
+import json
+import sys
+from collections import defaultdict
+from datetime import datetime
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+
+from allconv import evaluation, rundir
+from allconv.errors import Parser, UserError, printable
+
+Row = dict[str, object]
+
+COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when problem"
+
+
+def describe(run: Path) -> tuple[Row, dict[str, object]]:
+    """A run's row (None: not known, the run being new or damaged) and its configuration."""
+    config, metrics, best, problems = {}, [], {}, []
+    try:
+        config = rundir.read_config(run)
+    except rundir.RunError as error:
+        problems.append(str(error))
+    try:
+        metrics, best = rundir.read_metrics(run), rundir.best_row(run) or {}
+    except rundir.RunError as error:
+        problems.append(str(error))
+    groups = {name: config.get(name, {}) for name in ("model", "data", "trainer")}
+    problems += [f"{k} is {v}, not a group" for k, v in groups.items() if not isinstance(v, dict)]
+    model, data, trainer = (v if isinstance(v, dict) else {} for v in groups.values())
+    epoch = best["epoch"] + 1 if best else None
+    # TensorBoard puts the second it began into the name, which a copy keeps
+    events = run.glob(f"events.out.tfevents.{10 * '[0-9]'}.*")
+    start = min((int(path.name.split(".")[3]) for path in events), default=None)
+    test = evaluation.read(run, "test", "best.ckpt", epoch)
+    row = {
+        "number": rundir.number(run),
+        "recipe": config.get("recipe"),
+        "data": ("drawn" if data.get("demo") else "CIFAR-100") if data else None,
+        "width": model.get("width"),
+        "epochs": max((row["epoch"] + 1 for row in metrics), default=None),
+        "max_epochs": trainer.get("max_epochs"),
+        "val/acc": _fraction(best.get("val/acc")),
+        "best_epoch": epoch,
+        "test/acc": _fraction(test.get("test/acc")),
+        "seed": config.get("seed_everything"),
+        "when": start and datetime.fromtimestamp(start).astimezone().isoformat(),
+        "problem": "; ".join(problems) or None,
+    }
+    # a damaged configuration may hold anything
+    return {k: v if isinstance(v, int | float | None) else str(v) for k, v in row.items()}, config
+
+
+def _fraction(value: object) -> float | None:
+    return value if isinstance(value, float) and 0 <= value <= 1 else None
+
+
+def sum_up(runs: list[tuple[Row, dict[str, object]]]) -> list[Row]:
+    """Mean and standard deviation over runs that differ only in their seed, of each the newest."""
+    groups: dict[str, dict[object, Row]] = defaultdict(dict)
+    for row, config in runs:
+        config = {k: v for k, v in config.items() if k not in ("seed_everything", "recipe")}
+        if row["val/acc"] is not None and row["seed"] is not None:
+            groups[yaml.safe_dump([row["epochs"], config])][row["seed"]] = row
+    found = []
+    for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
+        same = {key: group[-1][key] for key in ("recipe", "data", "width", "epochs", "max_epochs")}
+        lists = {key: [row[key] for row in group] for key in ("number", "seed")}
+        found.append({**same, **lists, **{k: _spread(group, k) for k in ("val/acc", "test/acc")}})
+    return found
+
+
+def _spread(group: list[Row], key: str) -> dict[str, float | None]:
+    values = [row[key] for row in group if row[key] is not None]
+    sd = stdev(values) if len(values) > 1 else None
+    return {"mean": mean(values) if values else None, "sd": sd, "n": len(values)}
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row[key]
+    if value is None or value == {"mean": None, "sd": None, "n": 0}:
+        return "-"
+    if isinstance(value, dict):
+        spread = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
+        return f"{value['mean']:.4f}{spread} (n = {value['n']})"
+    if isinstance(value, list):
+        return printable(" ".join(map(str, value)))
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if key == "epochs":
+        return f"{value}/{row['max_epochs']}"
+    return value[:16].replace("T", " ") if key == "when" else printable(value)
+
+
+def _print(rows: list[Row]) -> None:
+    ill = any(row.get("problem") for row in rows)
+    keys = [key for key in COLUMNS.split() if key in rows[0] and (ill or key != "problem")]
+    table = [keys, *([_cell(row, key) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+
+
+def main(args: list[str]) -> None:
+    """Run the command."""
+    parser = Parser(prog="allconv runs", description="List the runs and their results.")
+    parser.add_argument("--sort", choices=COLUMNS.split(), default="number", help="A column.")
+    parser.add_argument("--logs", default=rundir.LOGS, help="Folder of the runs.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    given = parser.parse_args(args)
+    runs = [describe(run) for run in rundir.runs(Path(given.logs))]
+    if not runs:
+        raise UserError(f"no runs in {Path(given.logs).absolute()}; make one: allconv fit")
+    groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
+    # what is unknown first, then text, then numbers
+    rows.sort(key=lambda row: (row[key] is not None, not isinstance(row[key], str), row[key]))
+    if given.json:
+        print(json.dumps({"runs": rows, "seeds": groups}, indent=2))
+        return
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal has no ±
+    _print(rows)
+    if groups:
+        print("\nover seeds, mean ± standard deviation:")
+        _print(groups)
+    print(f"\ncurves: tensorboard --logdir {printable(given.logs)}")

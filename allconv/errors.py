@@ -1,0 +1,128 @@
+"""The error a user can mend, and how a command ends: one line and an exit code.
+
+Imports nothing heavy.
+"""
+
+import contextlib
+import ctypes
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+class UserError(ValueError):
+    """Something the user can mend: ends a command with one line and exit code 1."""
+
+    code = 1
+
+
+class UsageError(UserError):
+    """Arguments that cannot work: exit code 2."""
+
+    code = 2
+
+
+class StoppedError(UserError):
+    """The run was stopped by a signal: exit code 128 + its number."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def printable(text: object) -> str:
+    """The text with control characters, newlines among them, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def say(*lines: object) -> None:
+    """Print notes on the error stream, so that the output holds results only."""
+    for line in lines:
+        print("allconv:", printable(line), file=sys.stderr, flush=True)
+
+
+def end(code: int, message: object) -> NoReturn:
+    """Print one line on the error stream and exit."""
+    say(" ".join(str(message).split()))
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """What every command runs in: errors the user can mend become one line, others a traceback."""
+    if sys.stdout is None:
+        end(1, "standard output is closed")
+    if sys.platform == "linux" and os.environ.get("LOCAL_RANK", "0") != "0":
+        # a process of several ends with the one that started it, wherever it waits
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        _ignore_signals(error.code)
+        end(error.code, error)
+    except KeyboardInterrupt:
+        _ignore_signals(130)
+        end(130, "interrupted")
+    except SystemExit as stop:
+        if stop.code == 143:
+            _ignore_signals(143)
+            end(143, "terminated")
+        raise
+    except (OSError, ValueError) as error:
+        # Lightning's loggers and torch's writer wrap a disk's error in one of their own
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if isinstance(cause, BrokenPipeError) or getattr(cause, "errno", None) in DISK_ERRORS:
+            # nothing more can be written; Python would try once more when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(cause, BrokenPipeError):
+            sys.exit(1)  # the reader, `head` for one, has had enough
+        if getattr(cause, "filename", None):
+            end(1, f"{cause.filename}: {cause.strerror}")
+        if getattr(cause, "errno", None) in DISK_ERRORS:
+            end(1, f"cannot write: {cause.strerror}")
+        raise
+
+
+def _ignore_signals(code: int) -> None:
+    if code > 128:  # a second Ctrl-C while the process ends changes nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class OneLineErrors:
+    """Mixin for parsers: an error is one line that names the nearest valid key or class."""
+
+    classes: tuple[str, ...] = ()  # that may be named by a value
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with 2."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        line, names = " ".join(message.split()), []
+        if re.search("nrecognized|not expected|not accept", line):
+            names = {key for a in parser._actions for key in (a.dest, *a.option_strings)}
+            words = re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line)
+        elif no_class := re.match(r"(.*?)- Expected a path but (\w+) ", line):
+            names, words = self.classes, [no_class[2]]
+            line = f"{no_class[1]}no class {no_class[2]}"
+        if names:
+            unknown = [word.strip("\"'") for word in words if word.strip("\"'") not in names]
+            near = [m for word in unknown for m in difflib.get_close_matches(word, names, 1)]
+            line += f"; did you mean {near[0]}?" if near else ""
+        end(2, line)
+
+
+class Parser(OneLineErrors, ArgumentParser):
+    """Parser of the commands that need no Trainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact

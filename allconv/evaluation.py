@@ -1,0 +1,79 @@
+"""What `test` and `validate` found: written as JSON beside the run, printed, and read again."""
+
+import json
+import platform
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from allconv.rundir import write_text
+
+
+def write(checkpoint, data, command: str, split: str, metrics: dict[str, float]) -> None:
+    """Write and print the results of an evaluation.
+
+    Args:
+        checkpoint: the `allconv.checkpoints.Checkpoint` that was evaluated.
+        data: the `allconv.CIFAR100` that it was evaluated on.
+        command: "test" or "validate".
+        split: "test" or "val".
+        metrics: the split's metrics.
+    """
+    title, n = data.dataset.TITLE, int(metrics[f"{split}/n"])
+    result = {
+        **{name: round(value, 7) for name, value in metrics.items()},
+        f"{split}/n": n,
+        "data": title,
+        "checkpoint": str(checkpoint.path),
+        "epoch": checkpoint.epoch,
+        "val_size": data.hparams.val_size,
+        "split_seed": data.hparams.split_seed,
+        "remark": _remark(checkpoint.data, data, split, n),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("allconv", "torch", "torchvision", "lightning")},
+        },
+    }
+    path = checkpoint.folder / f"{command}.json"
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch},"
+    print(f"{checkpoint.path}{epoch} on {title}, {n:,} images:")
+    for name in ("acc", "top5", "loss"):
+        print(f"  {split}/{name:5} {metrics[f'{split}/{name}']:.4f}")
+    if result["remark"]:
+        print(f"  note: {result['remark']}")
+    print(f"written: {path}, {command}.png, {command}_confusion.png")
+
+
+def _remark(trained: dict[str, object], data, split: str, n: int) -> str | None:
+    """What a reader of an evaluation has to know."""
+    now, whole = data.hparams, len(data.sets[split])
+    if trained.get("demo", now.demo) != now.demo:
+        return "trained on another data set than it is evaluated on"
+    keys = ("val_size", "split_seed")
+    if split == "val" and any(trained.get(key, now[key]) != now[key] for key in keys):
+        return "another split than in training: the network has seen some of these images"
+    return f"{n:,} of {whole:,} images" if n < whole else None
+
+
+def read(folder: Path, command: str, checkpoint: str, epoch: int | None) -> dict[str, object]:
+    """What `test` or `validate` last wrote into a folder, if of this checkpoint and unqualified.
+
+    Args:
+        folder: a run directory, or the checkpoint's own folder.
+        command: "test" or "validate".
+        checkpoint: the checkpoint's file name.
+        epoch: epochs that it was trained.
+
+    Returns:
+        The file's content; {} if it is of another checkpoint, of a part of the images, or carries
+        a remark.
+    """
+    try:
+        path = folder / f"{command}.json"
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        of = Path(found["checkpoint"]).name, found["epoch"], found["remark"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours
+        return {}
+    return found if of == (checkpoint, epoch, None) else {}

@@ -1,0 +1,90 @@
+"""One's own images: decoded with care, cut to the centre square, reduced to 32 x 32 pixels."""
+
+import os
+import struct
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from allconv.augment import normalize
+from allconv.cifar100 import MEAN, STD
+from allconv.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+SUFFIXES = (*(f".{name.lower()}" for name in FORMATS), ".jpg", ".tif", ".pgm", ".pbm", ".pnm")
+# what Pillow raises for damaged files, found by changing bytes in each format
+DAMAGED = (OSError, SyntaxError, ValueError, LookupError, EOFError, RuntimeError, struct.error)
+
+
+class ImageError(UserError):
+    """Not an image that can be read."""
+
+
+def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Decode an image file of FORMATS: upright, RGB; a large JPEG at a half to an eighth.
+
+    Of an animation it is the first frame, and `info["animated"]` is true.
+
+    Raises:
+        ImageError: missing, damaged, of another format, or above 89 million pixels.
+    """
+    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # a pipe would block
+        raise ImageError("not a regular file" if os.path.exists(file) else "no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on small faults
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                image.draft(None, (512, 512))
+                frame = rgb(image)
+                if image.format != "MPO":  # a phone's second image is no animation
+                    frame.info["animated"] = getattr(image, "is_animated", False)
+                return frame
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image ({', '.join(FORMATS)})") from None
+    except (*DAMAGED, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(f"cannot be read ({getattr(error, 'strerror', 0) or error})") from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode, upright by EXIF, in RGB; what is transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ImageError("floating-point pixels: expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion makes all above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def reduce(image: Image.Image) -> Tensor:
+    """The centre square of an RGB image as uint8 (3, 32, 32), each pixel the mean of its area.
+
+    Of 1,000 validation images enlarged to 250 pixels (bicubic) and reduced again, a net that has
+    69.6 % of the originals right had 67.4 %; bicubic or Lanczos reduction left 65.9 and 66.4 %.
+    """
+    return torch.from_numpy(np.array(ImageOps.fit(image, (32, 32), Image.BOX))).permute(2, 0, 1)
+
+
+def preprocess(image: str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """A file, a Pillow image, a uint8 array (H, W, 3) or tensor (3, H, W) as the net takes it.
+
+    The result is (3, 32, 32) float32, normalized; `[None]` makes it a batch of one.
+
+    Raises:
+        ImageError: it cannot be read, or the array is of another shape or type.
+    """
+    if isinstance(image, Tensor):
+        image = image.movedim(0, -1).cpu().numpy()  # (H, W, 3)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+            raise ImageError(f"{image.dtype} {image.shape}: expected uint8 (H, W, 3)")
+        image = Image.fromarray(image)
+    image = rgb(image) if isinstance(image, Image.Image) else read(image)
+    return normalize(reduce(image)[None], MEAN, STD)[0]

@@ -1,0 +1,98 @@
+"""What updates the weights: Muon, the parameter groups, and the one-cycle schedule.
+
+Muon is SGD with momentum whose update is orthogonalized. From Jordan et al.,
+https://kellerjordan.github.io/posts/muon/, in the form for convolutions of "94% on CIFAR-10"
+(airbench). torch.optim.Muon takes matrices only.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from allconv.model import AllCNN
+
+MUON_MOMENTUM = 0.6  # airbench's
+
+
+def orthogonalize(update: Tensor, steps: int = 3) -> Tensor:
+    """Newton-Schulz iteration towards the nearest matrix with orthonormal rows or columns.
+
+    Three steps are airbench's. In float32: a CPU without bfloat16 arithmetic gains nothing by it.
+
+    Args:
+        update: (out, in).
+        steps: iterations.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, no need to converge to 1
+    tall = update.shape[0] > update.shape[1]
+    x = (update.mT if tall else update) / (update.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class MuonSGD(SGD):
+    """SGD, and Muon for the parameter groups that have `muon=True`.
+
+    Muon's weights (out, in, h, w) are scaled to norm sqrt(out) before each step: batch norm makes
+    their norm irrelevant, so that the learning rate alone decides how far they turn. Parameters
+    without a gradient are skipped.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every group; returns the loss of the closure, if there is one."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            if not group.get("muon"):
+                continue
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, gradient = self.state[p], p.grad
+                if "muon_buffer" not in state:
+                    state["muon_buffer"] = torch.zeros_like(gradient)
+                buffer = state["muon_buffer"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(buffer, alpha=group["momentum"])  # Nesterov
+                p.mul_(len(p) ** 0.5 / p.norm())
+                p.add_(orthogonalize(update.flatten(1)).view_as(p), alpha=-group["lr"])
+                p.grad = None  # so that SGD leaves it alone
+        super().step()
+        return loss
+
+
+def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
+    """Parameters by how they are trained: SGD with and without weight decay, Muon.
+
+    Args:
+        net: the network.
+        h: the task's hyperparameters.
+    """
+    inner = [layer[0].weight for layer in list(net.children())[1:-1]] if h["muon_lr"] else []
+    rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in inner)]
+    decayed = [p for p in rest if h["decay_norms"] or p.ndim > 1]
+    plain = [p for p in rest if not h["decay_norms"] and p.ndim == 1]
+    groups = [
+        {"params": decayed, "weight_decay": h["weight_decay"]},
+        {"params": plain},
+        {"params": inner, "lr": h["muon_lr"], "momentum": MUON_MOMENTUM, "muon": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def triangle(step: int, total: int, warmup: float) -> float:
+    """Factor of the learning rate: linear from a tenth to 1, then linear to 0.
+
+    Args:
+        step: steps taken.
+        total: steps of the whole run.
+        warmup: share of the steps in which the rate rises.
+    """
+    top = max(1, round(warmup * total)) if warmup else 0
+    if step < top:
+        return 0.1 + 0.9 * step / top
+    return max(0.0, (total - step) / max(1, total - top))

@@ -1,0 +1,143 @@
+"""Plots: tensors in, matplotlib Figure out. Nothing is read, written or shown here.
+
+Blue and vermilion are from Okabe and Ito (https://jfly.uni-koeln.de/color/), for any color vision.
+"""
+
+import math
+
+import numpy as np
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def readable(name: str) -> str:
+    """A class name with spaces."""
+    return name.replace("_", " ")
+
+
+def sample(n: int) -> Tensor:
+    """Indices of ten of n images, the same in every epoch and for every network."""
+    return torch.from_numpy(np.random.RandomState(43).permutation(n)[:10])
+
+
+def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> Figure:
+    """Cross-entropy and accuracy over the epochs.
+
+    Args:
+        rows: a run's metrics, one dict an epoch, with the project's metric names.
+        title: what the run was.
+        upright: one above the other, for a narrow page.
+    """
+    figure = Figure(figsize=(5, 6.5) if upright else (10, 4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(*((2, 1) if upright else (1, 2)))
+
+    last = max((row["epoch"] + 1 for row in rows), default=1)
+
+    def line(axes, name, label, color, scale=1.0):
+        points = [(row["epoch"] + 1, row[name] * scale) for row in rows if name in row]
+        if points:
+            style = "o-" if last <= 30 else "-"  # dots of more epochs run into each other
+            axes.plot(*zip(*points, strict=True), style, ms=3, label=label, color=color)
+
+    line(left, "train/loss", "training (as trained)", VERMILION)
+    line(left, "val/loss", "validation", BLUE)
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    best = max(rows, key=lambda row: row.get("val/acc", -1), default={})
+    note = "top 1"
+    if "val/acc" in best:
+        note += f" (best {100 * best['val/acc']:.1f} %, epoch {best['epoch'] + 1:.0f})"
+    line(right, "val/acc", note, BLUE, 100)
+    line(right, "val/top5", "top 5", GREY, 100)
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
+    for axes in (left, right):
+        style(axes)
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if axes.lines:
+            legend(axes)
+    return figure
+
+
+def style(axes) -> None:
+    """A light grid, and no box."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(axes) -> None:
+    """Above the axes, where it hides no point."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, frameon=False, fontsize=9)
+
+
+def predictions(
+    images: Tensor,
+    labels: Tensor,
+    logits: Tensor,
+    names: tuple[str, ...],
+    title: str,
+    columns: int = 5,
+) -> Figure:
+    """Images with their true class, predicted class and its probability.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,) true classes.
+        logits: (N, classes).
+        names: class names.
+        title: where the images are from.
+        columns: images in a row.
+    """
+    probabilities, predicted = logits.float().softmax(1).max(1)
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.1 * columns, 2.5 * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if i >= len(images):
+            continue
+        right = labels[i] == predicted[i]
+        color, mark = (BLUE, "✓") if right else (VERMILION, "✗")
+        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.set_title(
+            f"{mark} {readable(names[predicted[i]])} {100 * probabilities[i]:.0f} %\n"
+            f"truth: {readable(names[labels[i]])}",
+            fontsize=10,
+            color=color,
+        )
+    return figure
+
+
+def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[str, ...]], title):
+    """Confusion matrix, the classes of a group side by side.
+
+    Args:
+        matrix: (classes, classes) counts, true class by predicted class.
+        names: class names in the order of the matrix.
+        groups: group names with the class names in them.
+        title: what was evaluated.
+    """
+    order = [names.index(name) for members in groups.values() for name in members]
+    shares = matrix[order][:, order].double()
+    shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    axes = figure.subplots()
+    # the square root shows the few per cent off the diagonal, which are what one looks for
+    norm = PowerNorm(0.5, vmin=0, vmax=100)
+    image = axes.imshow(shares.numpy(), cmap="cividis", interpolation="nearest", norm=norm)
+    sizes = torch.tensor([len(members) for members in groups.values()])
+    ends = sizes.cumsum(0)
+    centres = (ends - sizes / 2 - 0.5).tolist()
+    labels = [readable(name) for name in groups]
+    axes.set_xticks(centres, labels, rotation=90, fontsize=8)
+    axes.set_yticks(centres, labels, fontsize=8)
+    for edge in ends[:-1].tolist():
+        axes.axhline(edge - 0.5, color="white", lw=0.3)
+        axes.axvline(edge - 0.5, color="white", lw=0.3)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
+    return figure

@@ -1,0 +1,158 @@
+"""What one sees of a training: its head, an estimate, a line per epoch, a bar at a terminal."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from allconv.rundir import best_row
+
+HEAD = "epoch  train loss  val loss  val acc (%)  best (%)        lr  time left"
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """The run directory; unlike trainer.log_dir no collective, so one process may ask alone."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    folder = getattr(logger, "log_dir", None)
+    return Path(folder) if folder else None
+
+
+class Progress(Callback):
+    """Shows what is trained, how it goes, how long it takes, and where the results are.
+
+    Args:
+        bar: whether there is a terminal for a bar.
+    """
+
+    def __init__(self, bar: bool):
+        self.bar = None
+        if bar:
+            wide = [BarColumn(20)] if Console().width >= 100 else []
+            text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+            self.bar = Bar(text[0], *wide, MofNCompleteColumn(), text[1], transient=True)
+        self.best, self.validated = 0.0, ""
+
+    def _print(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will run, and on what."""
+        if not trainer.is_global_zero:
+            self.bar = None
+            return
+        self.start, self.first, self.loss = time.monotonic(), trainer.current_epoch, None
+        self.done, self.warm, self.skipped = 0, self.start, 0  # steps of this session
+        run, data = run_directory(trainer), trainer.datamodule
+        if self.first and run and (best := best_row(run)):
+            self.best = 100 * best["val/acc"]
+        parameters = sum(p.numel() for p in pl_module.net.parameters())
+        count = {split: f"{len(data.sets[split]):,}" for split in ("train", "val")}
+        self._print(
+            f"AllCNN, {parameters:,} parameters, on {data.dataset.TITLE}: "
+            f"{count['train']} training and {count['val']} validation images\n"
+            f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
+            f"{data.hparams.batch_size}, {trainer.world_size} x "
+            f"{trainer.strategy.root_device.type} ({trainer.precision}), "
+            f"seed {os.environ.get('PL_GLOBAL_SEED')}\nrun directory: {run or 'none'}"
+        )
+        if self.bar:
+            self._print(HEAD)
+            self.bar.start()
+            self.task = self.bar.add_task("", text="")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Move the bar; after the first 20 steps, estimate how long the run will take."""
+        if not trainer.is_global_zero:
+            return
+        self.done += 1
+        batches, done = trainer.num_training_batches, batch_idx + 1
+        if self.done == 5:  # the first steps are slower
+            self.warm, self.skipped = time.monotonic(), 5
+        seconds = (time.monotonic() - self.warm) / max(1, self.done - self.skipped)  # a step
+        images = len(batch[1]) * trainer.world_size / seconds
+        if self.done == min(20, batches) and not self.bar:
+            epochs = trainer.max_epochs - self.first
+            left = self._left(trainer, seconds)
+            self._print(f"about {left} for {epochs} epochs at {images:,.0f} images/s\n{HEAD}")
+        if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # each look waits for the device
+            loss = outputs["loss"].item()
+            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+            self.bar.update(
+                self.task,
+                description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+                completed=done,
+                total=batches,
+                text=f"loss {self.loss:.2f}{self.validated}  {images:,.0f}/s  "
+                f"{_duration((batches - done) * seconds)}/{self._left(trainer, seconds)}",
+            )
+
+    def _left(self, trainer: Trainer, seconds: float) -> str:
+        """Time left of the run, validation included once one was seen."""
+        epochs = trainer.current_epoch - self.first
+        if epochs:  # whole epochs are the better measure
+            seconds = (time.monotonic() - self.start) / self.done
+        steps = trainer.max_epochs * trainer.num_training_batches - trainer.global_step
+        if trainer.max_steps >= 0:
+            steps = min(steps, trainer.max_steps - trainer.global_step)
+        return _duration(steps * trainer.accumulate_grad_batches * seconds)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A line for the epoch."""
+        if not trainer.is_global_zero or not trainer.is_last_batch:
+            return
+        metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
+        spent = time.monotonic() - self.start
+        left = _duration(spent / (done - self.first) * (trainer.max_epochs - done))
+        columns = f"{'-':>8}  {'-':>11}  {'-':>8}"
+        if "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0:
+            loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
+            self.best = max(self.best, acc)
+            columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
+            self.validated = f"  val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
+        self._print(
+            f"{done:5d}  {metrics['train/loss']:10.4f}  {columns}  {metrics['lr']:8.4g}  {left:>9}"
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how it went, where everything is, and what to type next."""
+        if self.bar:
+            self.bar.stop()
+        run = run_directory(trainer)
+        if not trainer.is_global_zero or not run:
+            return
+        whole, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
+        if not trainer.is_last_batch:
+            whole -= 1
+            self._print(
+                f"stopped in epoch {whole + 1} at step {trainer.global_step}: last.ckpt is of "
+                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
+            )
+        if best := best_row(run):
+            self._print(
+                f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.TITLE}: "
+                f"val/acc {best['val/acc']:.4f}, top 5 {best['val/top5']:.4f}, "
+                f"loss {best['val/loss']:.4f}"
+            )
+        self._print(f"run directory: {run}")
+        # without validation there is no best
+        found = [p for p in (last.with_name("best.ckpt"), last) if p.is_file()]
+        if found and whole:
+            self._print(f"next: python -m allconv test --ckpt_path {found[0]}")
+        self._print(f"      tensorboard --logdir {run.parent}")
+
+    def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
+        """Give the terminal back."""
+        if self.bar:
+            self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))

@@ -1,0 +1,65 @@
+"""What fit, validate and test set in their process: signals, memory, less noise."""
+
+import ctypes
+import logging
+import re
+import signal
+import sys
+import threading
+import warnings
+
+# Lightning's messages that repeat what `Progress` says, or advertise
+NOISE = re.compile(
+    r"(\[rank: \d+\] )?((GPU|TPU|HPU) available|Tip:|💡|Seed set to|`Trainer\.fit` stopped|Restor"
+    r"|LOCAL_RANK|Loaded model weights|Detected KeyboardInterrupt|Received SIGTERM|-{20}|\s*$"
+    r"|distributed_backend|All distributed|Initializing distributed|`weights_only` was not set)"
+)
+WARNINGS = (
+    "Checkpoint directory .* exists",  # of a run that is resumed
+    "`ModelCheckpoint.* could not find the monitored key",  # no validation, no best
+    "Precision .* is not supported by the model summary",  # only its size in MB is affected
+    "The dirpath has changed",  # evaluating from another folder than the run was started in
+    ".*LeafSpec",  # between Lightning and torch
+    "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
+    ".*smaller than the logging interval",  # a row an epoch, whatever the interval
+    "You're using the WeightAveraging callback with a model",  # nothing is sharded
+    "The '.*_dataloader' does not have many workers",  # none are needed: a batch is one indexing
+)
+
+
+def prepare() -> None:
+    """Set how a training ends on a signal, leave out noise, and keep memory."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_news)
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    threading.excepthook = _thread_error
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Keep memory that is freed.
+
+    By itself glibc gets each tensor from 32 MiB on anew from the system: 98,000 page faults a
+    training step (width 64, batch 128, 2 cores). Without them a step is 1.24 times as fast, and an
+    evaluation in batches of 500 three times.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not NOISE.match(record.getMessage().lstrip())
+
+
+def _thread_error(thread) -> None:
+    """TensorBoard's thread hands a disk's error to the next call; it need not print it as well."""
+    if thread.exc_type is not OSError:
+        threading.__excepthook__(thread)

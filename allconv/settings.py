@@ -1,0 +1,162 @@
+"""Which settings apply: recipes, a run's config.yaml in front of the arguments, contradictions."""
+
+import json
+import re
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from allconv.checkpoints import Checkpoint, CheckpointError
+from allconv.errors import UsageError, UserError, say
+from allconv.rundir import read_yaml
+
+CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
+REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
+# of a task's arguments, those that do not change what its weights compute
+NEUTRAL = {"compile", "flip_test"}
+SPLIT = {"demo", "val_size", "split_seed"}  # data settings that decide which images are held out
+# settings that may differ when a run is resumed, without a word
+FREE = re.compile(
+    r"(config|recipe|ckpt_path|init|data\.data_dir|trainer\.(max_steps|max_time|default_root_dir|"
+    r"enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
+)
+# code that a run's config.yaml may name
+TRUSTED = ("lightning.", "torch.", "allconv.")
+
+
+def config_files(args: list[str]) -> tuple[list[str], list[Path]]:
+    """The arguments with the names of recipes replaced by their files, and the --config files."""
+    args, files = list(args), []
+    for i, arg in enumerate(args):
+        key, equals, value = arg.partition("=")
+        if key not in ("-c", "--config"):
+            continue
+        place = i if equals else i + 1
+        name = value if equals else "".join(args[place : place + 1])
+        path = Path(name)
+        if not path.is_file() and (CONFIGS / f"{name}.yaml").is_file():
+            path = CONFIGS / f"{name}.yaml"
+        if not name or not path.is_file():
+            names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+            raise UsageError(f"--config {name}: no such file; recipes: {names}")
+        args[place] = f"{key}={path}" if equals else str(path)
+        files.append(path)
+    return args, files
+
+
+def given(key: str, args: list[str], contents: list[dict[str, object]]) -> str | None:
+    """The last value of a flag, or of a key in the --config files."""
+    found = None
+    for content in contents:
+        value = content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found = found if value is None else str(value)
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == f"--{key}":
+            found = value if equals else "".join(args[i + 1 : i + 2])
+    return found
+
+
+def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
+    """What a checkpoint's run was set to: its config.yaml, completed by the checkpoint itself.
+
+    Args:
+        checkpoint: the checkpoint.
+        named: the user's own arguments; code that neither they nor TRUSTED name is left out.
+    """
+    settings = read_yaml(checkpoint.run / "config.yaml") if checkpoint.run else {}
+    settings = _trusted(settings, named)
+    groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
+    trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
+    for key in ("max_steps", "max_time"):  # what ended the run does not end it again
+        trainer.pop(key, None)
+    model = {k: v for k, v in {**model, **checkpoint.hparams}.items() if k not in REMOVED}
+    data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
+    settings |= {"trainer": trainer, "model": model, "data": data}
+    return {k: v for k, v in settings.items() if k not in ("ckpt_path", "init")}
+
+
+def _trusted(value: object, named: str) -> object:
+    """The value without the classes that would run code which only a file names."""
+    if isinstance(value, list):
+        kept = [_trusted(v, named) for v in value]
+        return [new for old, new in zip(value, kept, strict=True) if new is not None or old is None]
+    if not isinstance(value, dict):
+        return value
+    name = str(value.get("class_path", TRUSTED[0]))
+    if not name.startswith(TRUSTED) and name not in named:
+        say(f"left out: {name}, which the run's config.yaml names; use it with a flag of your own")
+        return None
+    return {k: _trusted(v, named) for k, v in value.items()}
+
+
+def _flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> None:
+    """Refuse settings that cannot work, before anything is made.
+
+    Raises:
+        UsageError: they never work.
+        CheckpointError: they are not those that the checkpoint was made with.
+    """
+    for group in ("trainer", "model", "data"):
+        if not isinstance(config[group], Namespace):
+            raise UsageError(f"{group} is {config[group]}: expected keys and values")
+    if resumed and config.trainer.max_steps != -1:  # Lightning would count the last epoch twice
+        raise UsageError(
+            f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
+            "trainer.max_epochs or trainer.max_time"
+        )
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"):
+        value = config.trainer[key]
+        if value is not None and value <= 0:  # Lightning would divide by it
+            raise UsageError(f"trainer.{key} is {value}: it must be above 0")
+    if not 0 <= config.seed_everything < 2**32:
+        raise UsageError(
+            f"seed_everything is {config.seed_everything}: it must be from 0 to {2**32 - 1}"
+        )
+    if checkpoint:
+        _refuse_contradictions(checkpoint, config.model)
+
+
+def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
+    """Refuse settings that are not those the checkpoint was made with."""
+    bare = not (checkpoint.resumable or checkpoint.metadata)
+    told = {"width", "num_classes"} if bare else checkpoint.hparams.keys() - NEUTRAL - REMOVED
+    for key in sorted(told):
+        value = checkpoint.hparams[key]
+        if json.dumps(model[key]) != json.dumps(value):
+            raise CheckpointError(
+                f"model.{key} is {model[key]}, but {checkpoint.path} was made with {value}: leave "
+                "the flag out, or start a new run (--init takes its weights)"
+            )
+
+
+def changes(before: dict[str, object], config: Namespace) -> list[str]:
+    """The settings that make a resumed run another one than it was, as text.
+
+    Raises:
+        UserError: the data are not those that the run was trained with.
+    """
+    plain = json.loads(json.dumps(config.as_dict(), default=str))  # as a file has it
+    before, now = _flat(before), _flat(plain)
+    changed = {k for k in before if now.get(k) != before[k] and not FREE.match(k)}
+    for key in sorted({f"data.{key}" for key in SPLIT} & changed):
+        raise UserError(
+            f"{key} is {now[key]}, but the run was trained with {before[key]}: resume with the "
+            "same data, or start a new run with --init"
+        )
+    if config.model.warmup is None and not config.data.sizes:  # nothing else depends on it
+        changed.discard("trainer.max_epochs")
+    return [f"{k} from {before[k]} to {now.get(k)}" for k in sorted(changed)]

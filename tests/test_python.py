@@ -1,0 +1,150 @@
+"""From Python, as a user of Lightning expects it: plain Trainer, loaders, checkpoints."""
+
+import tomllib
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from conftest import REPO
+from torch.utils.data import DataLoader, TensorDataset
+
+import allconv
+from allconv import CIFAR100, AllCNN, Classifier, load
+from allconv.augment import normalize
+from allconv.cifar100 import MEAN, STD
+
+# the command line turns these off for itself; under a plain Trainer they are Lightning's to say
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+SCRIPT = """
+import lightning
+from allconv import CIFAR100, Classifier, load
+
+lightning.seed_everything(43)
+data = CIFAR100(demo=True, batch_size=50, crop=2, flip=True)
+task = Classifier(width=4, dropout=0.0, warmup=0.25, muon_lr=0.05, whiten=True)
+trainer = lightning.Trainer(max_epochs=2, limit_train_batches=20, log_every_n_steps=5)
+trainer.fit(task, data)
+loss = trainer.callback_metrics["train/loss"]
+results = trainer.test(task, data)[0]
+net = load(trainer.checkpoint_callback.best_model_path)
+"""
+
+
+def small(**settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return lightning.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **settings)
+
+
+def test_ten_lines_with_a_plain_trainer(own_folder):
+    found = {}
+    exec(SCRIPT, found)
+    assert found["results"]["test/n"] == 1000
+    assert found["loss"] < 4.7
+    # the checkpoint that Lightning itself kept is one of ours
+    images = normalize(found["data"].sets["test"].images[:10], MEAN, STD)
+    task, net = found["task"].eval(), found["net"]
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), task(images), atol=1e-5, rtol=1e-5)
+    assert net.classes[0] == "red_disc"
+
+
+def test_names_of_the_package():
+    assert {"AllCNN", "CIFAR100", "Classifier", "load"} <= set(allconv.__all__)
+    assert AllCNN.__module__ == "allconv.model"
+    with pytest.raises(AttributeError, match=r"allconv.* has no attribute 'AlCNN'"):
+        _ = allconv.AlCNN
+
+
+def test_version_is_the_packages():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert allconv.__version__ == project.get("version", allconv.__version__)
+
+
+def test_checkpoint_is_loaded_as_lightning_does(run):
+    best = run / "checkpoints/best.ckpt"
+    task = Classifier.load_from_checkpoint(best).eval()
+    data = CIFAR100.load_from_checkpoint(best)
+    assert (task.hparams.width, data.hparams.demo, data.hparams.batch_size) == (4, True, 64)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(task(images), load(str(best))(images))
+    wider = CIFAR100.load_from_checkpoint(best, batch_size=7)
+    assert wider.hparams.batch_size == 7
+
+
+def test_loaders_before_setup(own_folder):
+    data = CIFAR100(demo=True, batch_size=50)
+    data.prepare_data()
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.shape, images.dtype, labels.shape) == ((50, 3, 32, 32), torch.uint8, (50,))
+    loaders = (data.val_dataloader, data.test_dataloader, data.predict_dataloader)
+    sizes = [sum(len(labels) for _, labels in loader()) for loader in loaders]
+    assert sizes == [800, 1000, 1000]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_predict_gives_the_logits_of_the_test_images(run):
+    best = str(run / "checkpoints/best.ckpt")
+    data = CIFAR100(demo=True)
+    found = torch.cat(small().predict(Classifier(width=4), data, ckpt_path=best, weights_only=True))
+    with torch.no_grad():
+        expected = load(best)(normalize(data.sets["test"].images, MEAN, STD))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def loader():
+    """Anyone's own images, normalized, in a plain loader."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
+    return DataLoader(TensorDataset(images, labels), 8)
+
+
+def test_any_loader_of_normalized_images_will_do(loader, own_folder):
+    task = Classifier(width=2, num_classes=10, dropout=0.0)
+    trainer = small(max_epochs=2, log_every_n_steps=1)
+    trainer.fit(task, loader, loader)
+    assert trainer.callback_metrics["val/n"] == 40
+    result = small().validate(task, loader, verbose=False)[0]
+    assert result["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"].item())
+    assert small().test(task, loader, verbose=False)[0]["test/n"] == 40
+    assert torch.cat(small().predict(task, loader)).shape == (40, 10)
+
+
+def test_predict_takes_images_without_labels(loader):
+    task = Classifier(width=2, num_classes=10)
+    images = loader.dataset.tensors[0]
+    found = torch.cat(small().predict(task, DataLoader(images, 8)))
+    labelled = torch.cat(small().predict(task, loader))
+    torch.testing.assert_close(found, labelled)
+
+
+def test_loaded_network_can_be_trained(run):
+    net = load("best")
+    net.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_loaded_network_can_be_scripted(run):
+    net, images = load("best"), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(net)(images), net(images))
+
+
+def test_packaged_network_answers_for_a_file_an_array_and_a_tensor(own_folder):
+    from PIL import Image
+
+    net = load()
+    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save("image.png")
+    expected = normalize(pixels.permute(2, 0, 1)[None], MEAN, STD)[0]
+    given = ["image.png", Path("image.png"), pixels.numpy(), pixels.permute(2, 0, 1)]
+    for image in given:
+        torch.testing.assert_close(net.preprocess(image), expected)
+    assert net(net.preprocess("image.png")[None]).shape == (1, len(net.classes))
+    assert not net.training
