@@ -9,28 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from allconv import callbacks, checkpoints, evaluation, rundir, runtime, settings
 from allconv.data import CIFAR100
-from allconv.errors import OneLineErrors, StoppedError, UsageError, UserError
+from allconv.errors import StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
 from allconv.progress import run_directory
 from allconv.task import Classifier
-
-
-class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line."""
-
-    classes = (*lightning_callbacks.__all__, *lightning_loggers.__all__)
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("prog", "allconv")
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
 
 
 class CLI(LightningCLI):
@@ -50,7 +38,7 @@ class CLI(LightningCLI):
             Classifier,
             CIFAR100,
             args=args,
-            parser_class=Parser,
+            parser_class=settings.Parser,
             seed_everything_default=43,  # the notebook's
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -209,6 +197,9 @@ class CLI(LightningCLI):
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
+            for rank, child in enumerate(getattr(self.trainer.strategy.launcher, "procs", []), 1):
+                if child.poll():  # the others only see that it is gone
+                    raise UserError(f"rank {rank} ended with code {child.returncode}") from None
             # Lightning looks for the metric of EarlyStopping when the first epoch has ended
             late = started and "conditioned on metric" not in str(error)
             if late or isinstance(error, UserError):

@@ -61,7 +61,10 @@ def command() -> Iterator[None]:
     """What every command runs in: errors the user can mend become one line, others a traceback."""
     if sys.stdout is None:
         end(1, "standard output is closed")
-    if sys.platform == "linux" and os.environ.get("LOCAL_RANK", "0") != "0":
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if not rank.isdigit():
+        end(2, f"the environment variable LOCAL_RANK is {rank}: it must be a number")
+    if sys.platform == "linux" and rank != "0":
         # a process of several ends with the one that started it, wherever it waits
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:

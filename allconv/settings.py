@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 from jsonargparse import Namespace
+from lightning.pytorch import callbacks, loggers
+from lightning.pytorch.cli import LightningArgumentParser
 
 from allconv.checkpoints import Checkpoint, CheckpointError
-from allconv.errors import UsageError, UserError, say
+from allconv.errors import OneLineErrors, UsageError, UserError, say
 from allconv.rundir import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -23,6 +25,16 @@ FREE = re.compile(
 )
 # code that a run's config.yaml may name
 TRUSTED = ("lightning.", "torch.", "allconv.")
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors of one line."""
+
+    classes = (*callbacks.__all__, *loggers.__all__)
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("prog", "allconv")
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
 
 
 def config_files(args: list[str]) -> tuple[list[str], list[Path]]:
@@ -132,8 +144,13 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
 
 def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     """Refuse settings that are not those the checkpoint was made with."""
-    bare = not (checkpoint.resumable or checkpoint.metadata)
-    told = {"width", "num_classes"} if bare else checkpoint.hparams.keys() - NEUTRAL - REMOVED
+    told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
+    if not (checkpoint.resumable or checkpoint.metadata):
+        told = {"width", "num_classes"}
+        say(
+            f"{checkpoint.path} holds weights alone, which do not tell model.residuals (taken as "
+            f"{model.residuals}) and model.rectify_logits ({model.rectify_logits})"
+        )
     for key in sorted(told):
         value = checkpoint.hparams[key]
         if json.dumps(model[key]) != json.dumps(value):

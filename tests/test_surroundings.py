@@ -1,0 +1,101 @@
+"""What the shell, the environment and other processes do to a command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HANGS, RUN, TINY, process, rows
+
+from allconv import rundir
+from allconv.__main__ import main
+from allconv.model import AllCNN
+
+TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_one_line(redirection, run):
+    command = f"{sys.executable} -m allconv runs {redirection}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("allconv: ")
+
+
+def test_a_bad_rank_is_named(own_folder, refused, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    assert "LOCAL_RANK is abc" in refused("runs", code=2)
+
+
+def test_without_docstrings_and_with_an_unknown_plot_backend(run):
+    settings = {**os.environ, "MPLBACKEND": "foo"}
+    for args in (["runs"], ["test"]):
+        command = [sys.executable, "-OO", "-m", "allconv", *args]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_one_run_has_one_process(run, refused):
+    more = "fit --ckpt_path last --trainer.max_epochs 4".split()
+    with rundir.lock(run):
+        assert "another process is training" in refused(*more, code=1)
+    main(more)
+    assert rows(run) == 4
+
+
+def test_a_batch_norm_without_values_is_refused_before_training(own_folder, refused):
+    tiny = "--model.width 1 --data.batch_size 1 --data.sizes [[1,4]] --trainer.max_epochs 1"
+    line = refused("fit", "--data.demo", "true", "--trainer.enable_model_summary", "false",
+                   *tiny.split(), code=2)  # fmt: skip
+    assert "more than 1 value per channel" in line
+    assert not RUN.exists()
+
+
+def test_weights_that_say_nothing_of_their_network_are_noted(run, capfd):
+    torch.save(AllCNN(width=4).state_dict(), "epoch9.pt")
+    main("test --ckpt_path epoch9.pt --data.demo true".split())
+    assert "model.residuals (taken as False)" in capfd.readouterr().err
+
+
+def training_in_two(n=1):
+    """Two processes that have trained `n` epochs, and the second one's number."""
+    running = process(*TINY, "--trainer.max_epochs", "500", *TWO, start_new_session=True)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    while rows(RUN) < n:
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.05)
+    return running, int(children.read_text().split()[0])
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everyone", [True, False])
+def test_two_processes_end_on_sigterm(everyone, own_folder):
+    running, second = training_in_two()
+    (os.killpg if everyone else os.kill)(running.pid, signal.SIGTERM)
+    running.communicate(timeout=HANGS)
+    assert running.returncode in (143, -signal.SIGTERM)
+    while not gone(second):
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_ends_the_other(own_folder):
+    running, second = training_in_two()
+    os.kill(second, signal.SIGKILL)
+    said, _ = running.communicate(timeout=HANGS)
+    assert running.returncode != 0
+    assert "rank 1 ended with code -9" in said
+    assert "Traceback" not in said
+    assert (RUN / "checkpoints/last.ckpt").is_file()
