@@ -172,7 +172,7 @@ def _load_torch(path: Path) -> Checkpoint:
         try:
             progress = content["loops"]["fit_loop"]["epoch_progress"]["current"]
             checkpoint.epoch = int(progress["processed"])
-        except (KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError):  # any shape
             raise CheckpointError(f"{path}: does not say how long it was trained") from None
         checkpoint.data = _data(content.get("datamodule_hyper_parameters"))
     return checkpoint
