@@ -49,7 +49,7 @@ class Progress(Callback):
             self.bar = None
             return
         self.start, self.first, self.loss = time.monotonic(), trainer.current_epoch, None
-        self.done, self.warm, self.skipped = 0, self.start, 0  # steps of this session
+        self.done = 0  # steps of this session
         run, data = run_directory(trainer), trainer.datamodule
         if self.first and run and (best := best_row(run)):
             self.best = 100 * best["val/acc"]
@@ -67,6 +67,11 @@ class Progress(Callback):
             self._print(HEAD)
             self.bar.start()
             self.task = self.bar.add_task("", text="")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the speed anew: a validation came in between."""
+        if trainer.is_global_zero:
+            self.warm, self.skipped = time.monotonic(), self.done
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Move the bar; after the first 20 steps, estimate how long the run will take."""
