@@ -1,7 +1,6 @@
 """Checkpoint files: found, read, checked; nothing in them is executed.
 
-A checkpoint is Lightning's, a file written by `export`, or a bare state dict as the notebook saved
-it. Sizes follow from the weights, never from what is said of them.
+Lightning's, those of `export`, and bare state dicts. Sizes follow from the weights alone.
 """
 
 import inspect
