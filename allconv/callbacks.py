@@ -86,13 +86,9 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after an epoch, unless max_steps or max_time broke it off."""
+        """Save the state after an epoch, unless max_steps broke it off."""
         if trainer.is_last_batch:
             super().on_train_epoch_end(trainer, pl_module)
-
-
-class DivergedError(UserError):
-    """The training loss is not a finite number."""
 
 
 class StepLoss(Callback):
@@ -105,7 +101,7 @@ class StepLoss(Callback):
         """Look at the loss of this step, if it is its turn.
 
         Raises:
-            DivergedError: the loss is not finite.
+            UserError: the loss is not finite.
         """
         every = trainer.log_every_n_steps
         if not trainer.is_last_batch and (not every or (batch_idx + 1) % every):
@@ -116,7 +112,7 @@ class StepLoss(Callback):
                 logger.log_metrics({"train/loss_step": loss}, trainer.global_step - 1)
         if not math.isfinite(loss):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            raise DivergedError(
+            raise UserError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
                 f"{trainer.current_epoch + 1}, rate {rate:g}): start again with a lower model.lr; "
                 f"checkpoints/last.ckpt of {run_directory(trainer)} is of the epoch before"

@@ -213,6 +213,7 @@ class Classifier(LightningModule):
         self.log_dict(values, logger=False)  # for callbacks
         for logger in self.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.save()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Update the metrics; returns the logits (B, num_classes) for the callbacks."""

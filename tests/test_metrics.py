@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -90,6 +91,22 @@ def test_an_epoch_that_was_broken_off_has_no_loss_until_it_is_whole(own_folder, 
     assert "max_steps" in refused(*"fit --ckpt_path last --trainer.max_steps 22".split(), code=2)
     main("fit --ckpt_path last".split())
     assert rows("lightning_logs/version_1") == whole
+
+
+class Tables(pl.Callback):
+    """Reads metrics.csv when the checkpoint of an epoch is about to be saved."""
+
+    seen: ClassVar = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append([int(row["epoch"]) for row in rows() if "train/loss" in row])
+
+
+def test_an_epochs_row_is_on_the_disk_before_its_checkpoint(own_folder):
+    Tables.seen.clear()
+    never = ["--trainer.limit_val_batches", "0", "--trainer.callbacks+=test_metrics.Tables"]
+    main([*FIT, "--trainer.max_epochs", "3", *never])
+    assert Tables.seen == [[0], [0, 1], [0, 1, 2]]
 
 
 def test_a_stop_within_an_epoch_is_told_by_its_number(own_folder, capfd):
