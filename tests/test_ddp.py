@@ -1,10 +1,14 @@
 """Two processes on a CPU, through the real command, against one."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     HANGS,
     LAST,
@@ -86,3 +90,75 @@ def test_a_process_that_fails_ends_the_run_with_its_own_error(own_folder):
     said, _ = running.communicate(timeout=HANGS)
     assert running.returncode != 0
     assert "data/cifar-100-demo/train.bin: expected a multiple of 3,074 bytes, found 3" in said
+
+
+RECORD_LABELS = """
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback
+
+class Labels(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        name = f"{trainer.world_size}-{batch_idx}-{trainer.global_rank}.pt"
+        torch.save(batch[1], Path(__file__).with_name(name))
+"""
+
+
+def test_each_step_sees_the_same_images_whatever_the_number_of_processes(own_folder):
+    """1, 2 and 4 processes with batches of 40, 20 and 10."""
+    Path("record.py").write_text(RECORD_LABELS)
+    fit = "fit --data.demo true --model.width 2 --trainer.max_epochs 1 --trainer.accelerator cpu"
+    limits = "--trainer.limit_train_batches 3 --trainer.limit_val_batches 1"
+    seen = {}
+    for n in (1, 2, 4):
+        strategy = "ddp" if n > 1 else "auto"
+        finish(
+            *f"{fit} {limits} --trainer.devices {n} --trainer.strategy {strategy}".split(),
+            *f"--data.batch_size {40 // n} --trainer.callbacks+=record.Labels".split(),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(own_folder), *sys.path])},
+        )
+        seen[n] = [
+            torch.cat([torch.load(f"{n}-{step}-{rank}.pt") for rank in range(n)]).sort().values
+            for step in range(3)
+        ]
+    for step in range(3):
+        assert len(seen[1][step]) == 40
+        assert seen[1][step].equal(seen[2][step])
+        assert seen[1][step].equal(seen[4][step])
+
+
+def test_torchrun_starts_its_processes(own_folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    said = subprocess.run(
+        [*launcher, "-m", "allconv", *TINY, "--trainer.max_epochs", "1", *TWO],
+        text=True,
+        check=True,
+        capture_output=True,
+        timeout=HANGS,
+    ).stdout
+    assert "2 x cpu" in said
+    assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"]
+    assert rows(RUN) == 1
+
+
+def test_slurm_starts_the_processes(own_folder):
+    """As srun does: two tasks with SLURM's variables, and none of them starts another."""
+    main([*TINY, "--trainer.fast_dev_run", "1"])  # draws the demo set
+    job = {
+        "NTASKS": 2,
+        "NTASKS_PER_NODE": 2,
+        "JOB_ID": 7,
+        "JOB_NAME": "job",
+        "NODELIST": "localhost",
+    }
+    tasks = []
+    for rank in (0, 1):
+        of_task = job | {"PROCID": rank, "LOCALID": rank, "NODEID": 0}
+        variables = {f"SLURM_{key}": str(value) for key, value in of_task.items()}
+        tasks.append(
+            process(*TINY, "--trainer.max_epochs", "1", *TWO, env={**os.environ, **variables})
+        )
+    said = [task.communicate(timeout=HANGS)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "2 x cpu" in said[0]
+    assert rows(RUN) == 1

@@ -1,5 +1,7 @@
 """The task under a plain Trainer: against a plain loop, its schedules, its initialization."""
 
+import shutil
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -247,3 +249,18 @@ def test_biases_before_a_norm_are_not_trained_when_norms_are_not_decayed(own_fol
     for bias, old in zip(biases_before_norm(task.net), before, strict=True):
         assert torch.equal(bias, old)
     assert all(p.requires_grad for p in Classifier(width=2).parameters())
+
+
+@pytest.mark.slow  # the compiler takes a while
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own, from inside the compiler
+def test_compiled_net_is_compiled_once_for_each_image_size(own_folder):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    data = CIFAR100(demo=True, batch_size=32, sizes=((0.3, 20), (0.6, 24)))
+    limits = {"limit_train_batches": 6, "limit_val_batches": 0, "log_every_n_steps": 1}
+    seen = Seen()
+    trainer(seen, max_epochs=2, **limits).fit(Classifier(width=2, compile=True), data)
+    assert sorted(set(seen.sizes)) == [20, 24, 32]
+    assert counters["stats"]["unique_graphs"] == 3
