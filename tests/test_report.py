@@ -82,8 +82,8 @@ def test_the_page_of_a_run_agrees_with_test(pages):
     assert f"{found['test/loss']:.4f}" in page.text
     assert f"{round(1000 * found['test/acc'])} of 1,000 test images" in page.text
     assert "not CIFAR-100" in page.text.split("% accuracy")[0]
-    for part in ("best.ckpt", "95 % interval", "errors stay inside", "Confused pairs",
-                 "confident mistakes", "temperature", "max_epochs: 3", "red disc"):  # fmt: skip
+    for part in ("best.ckpt", "95 % interval", "superclass accuracy", "Confused pairs",
+                 "confident mistakes", "temperature", "max_epochs", "red disc"):  # fmt: skip
         assert part in page.text
     kinds = [image["src"].split(";")[0] for image in page.images]
     assert kinds.count("data:image/svg+xml") == 4  # curves, classes, confusion, reliability

@@ -26,51 +26,52 @@ IMPORTED = time.time()
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 BATCHES = 6  # in an epoch; the first of two epochs warms up
-NET = {"dropout": 0.0, "rectify_logits": False, "nesterov": True, "decay_norms": False}
-FIT = {  # as the recipes, and on a GPU configs/gpu.yaml, have it
-    **{f"model.{key}": value for key, value in NET.items()},
-    **{"model.compile": GPU, "data.crop": 4, "data.flip": True},
-    **{"trainer.precision": "bf16-mixed" if GPU else "32-true", "trainer.devices": 1},
-    **{"trainer.limit_train_batches": BATCHES, "trainer.limit_val_batches": 4},
-    **{"trainer.max_epochs": 2, "trainer.enable_model_summary": False},
-    "trainer.callbacks+": "allconv.commands.bench_round.Laps",
-}
+# as the recipes, and on a GPU configs/gpu.yaml, have it
+FIT = f"""fit --model.dropout=0 --model.rectify_logits=false --model.nesterov=true
+    --model.decay_norms=false --model.compile={GPU} --data.crop=4 --data.flip=true
+    --trainer.precision={"bf16-mixed" if GPU else "32-true"} --trainer.devices=1
+    --trainer.limit_train_batches={BATCHES} --trainer.limit_val_batches=4 --trainer.max_epochs=2
+    --trainer.enable_model_summary=false --trainer.callbacks+=allconv.commands.bench_round.Laps"""
 
 
 def main() -> None:
     """Fit with the flags of the command line, measure the contenders, and print the figures."""
-    flags = FIT | json.loads(sys.argv[1])
-    size = flags["data.batch_size"]
     with errors.command():
-        # first: fit also sets how memory is handled
-        cli.main(["fit", *(f"--{key}={value}" for key, value in flags.items())])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = _steps(flags["model.width"], size) | _pipelines(Laps.data, size)
-    found["fit_images_s"], found["bare_images_s"] = BATCHES * size / Laps.fit, size / Laps.bare
-    found["fit_vs_step"] = BATCHES * Laps.bare / Laps.fit
-    found["first_step_after_imports_s"] = Laps.first - IMPORTED
-    found["peak_rss_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
-    print(json.dumps({**found, "device": torch.cuda.get_device_name() if GPU else "CPU"}))
+        cli.main(FIT.split() + sys.argv[1:])  # first: fit also sets how memory is handled
+    found = Laps.found | _pipelines(Laps.data)
+    best = max(found["torchvision_0_images_s"], found["torchvision_2_images_s"])
+    ratios = {
+        "fraction_of_matmul": found["step_gflop_s"] / found["matmul_gflop_s"],
+        "step_vs_notebook": found["step_images_s"] / found["notebook_images_s"],
+        "fit_vs_step": found["fit_images_s"] / found["step_images_s"],
+        "pipeline_vs_torchvision": found["pipeline_images_s"] / best,
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+    }
+    print(json.dumps(ratios | found))
 
 
 class Laps(Callback):
-    """Times the start, the training part of the last epoch, and as many bare steps after it."""
+    """Times the start and the training part of the last epoch; measures the steps right after."""
 
-    first, fit, bare, data = 0.0, 0.0, 0.0, None
+    data, found = None, {}
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
         """Begin the training part."""
-        Laps.first, self.start = Laps.first or time.time(), _now()
+        Laps.found.setdefault("first_step_after_imports_s", time.time() - IMPORTED)
+        self.start = _now()
 
     def on_validation_start(self, trainer, pl_module) -> None:
         """End the training part."""
-        Laps.fit, Laps.data = _now() - self.start, trainer.datamodule
+        seconds, Laps.data = _now() - self.start, trainer.datamodule
         if trainer.current_epoch == 0:  # it warms up
             return
+        size = Laps.data.hparams.batch_size
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Laps.found["peak_rss_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
+        Laps.found["fit_images_s"] = BATCHES * size / seconds
         # at once: the speed of a busy machine changes
         with torch.inference_mode(False), torch.enable_grad():
-            step = _bare(copy.deepcopy(pl_module), Laps.data.hparams.batch_size)
-            Laps.bare = _seconds(step, BATCHES)
+            Laps.found |= _steps(copy.deepcopy(pl_module), size)
 
 
 def _now() -> float:
@@ -87,7 +88,7 @@ def _seconds(run: Callable[[], object], times: int) -> float:
     return (_now() - start) / times
 
 
-def _stepper(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
+def _step(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
     """A training step on normalized images (B, 3, 32, 32), and nothing around it."""
     images, labels = images.to(DEVICE), torch.arange(len(images), device=DEVICE) % 100
 
@@ -101,34 +102,28 @@ def _stepper(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor
     return step
 
 
-def _bare(task: Classifier, size: int) -> Callable[[], None]:
+def _steps(task: Classifier, size: int) -> dict[str, float]:
+    """Our bare step on a copy of the trained task, a matrix product, and the notebook's step."""
     images = torch.randn(size, 3, 32, 32).to(memory_format=torch.channels_last)
-    groups = parameter_groups(task.to(DEVICE).train().net, task.hparams)
-    task.configure_model()  # compiles it on a GPU
-    return _stepper(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True), images)
-
-
-def _steps(width: int, size: int) -> dict[str, float]:
-    """Matrix product, our step and the notebook's, of normalized images on the device."""
+    groups = parameter_groups(task.train().net, task.hparams)
+    task.configure_model()  # compiles it on a GPU: a copy is not compiled
+    ours = _step(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True), images)
+    net = AllCNN(task.hparams.width).to(DEVICE)
+    sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5)
+    notebook = _step(net, sgd, torch.randn(64, 3, 32, 32))
     a, b = torch.randn(2, 2048, 2048, device=DEVICE, dtype=DTYPE)
     # the same product by the kernels of the convolutions: MKL's takes twice as long on an AMD
     pixels = a.view(1, 2048, 1, 2048).permute(0, 3, 1, 2)  # (1, 2048, 2048, 1), channels last
     kernels = b.view(2048, 1, 1, 2048).permute(0, 3, 1, 2)  # (2048, 2048, 1, 1), channels last
-    net, ours = AllCNN(width).to(DEVICE), _bare(Classifier(width=width, **NET, compile=GPU), size)
-    sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5)
-    notebook = _stepper(net, sgd, torch.randn(64, 3, 32, 32))
     with FlopCounterMode(display=False) as counter:
         notebook()
-    contenders = (lambda: a @ b, lambda: conv2d(pixels, kernels), ours, notebook)
-    *products, step, theirs = map(_seconds, contenders, (4, 4, 3, -(-3 * size // 64)))
-    matmul, image = 2 * 2048**3 / min(products) / 1e9, counter.get_total_flops() / 64 / 1e9
+    step = _seconds(ours, BATCHES)
+    product = min(_seconds(lambda: a @ b, 4), _seconds(lambda: conv2d(pixels, kernels), 4))
     return {
-        "matmul_gflop_s": matmul,
-        "step_gflop_s": image * size / step,
-        "fraction_of_matmul": image * size / step / matmul,
+        "matmul_gflop_s": 2 * 2048**3 / product / 1e9,
+        "step_gflop_s": counter.get_total_flops() / 64 * size / step / 1e9,
         "step_images_s": size / step,
-        "notebook_images_s": 64 / theirs,
-        "step_vs_notebook": size / step / (64 / theirs),
+        "notebook_images_s": 64 / _seconds(notebook, -(-BATCHES * size // 64)),
     }
 
 
@@ -138,22 +133,24 @@ def _one_by_one(batch: list) -> list[torch.Tensor]:
     return default_collate([(transform(image), label) for image, label in batch])
 
 
-def _pipelines(data: CIFAR100, size: int) -> dict[str, float]:
+def _pipelines(data: CIFAR100) -> dict[str, float]:
     """Shuffled, normalized batches on the device."""
     images = data.sets["train"].images[::10].permute(0, 2, 3, 1).contiguous().numpy()
     labels = data.sets["train"].labels[::10].tolist()
     single = list(zip(images, labels, strict=True))  # few: it is so slow
-    options = {"batch_size": size, "collate_fn": _one_by_one, "shuffle": True}
-    ours, none = data.train_dataloader(), DataLoader(single, **options)
-    two = DataLoader(single, num_workers=2, persistent_workers=True, **options)
+    options = {"batch_size": data.hparams.batch_size, "collate_fn": _one_by_one, "shuffle": True}
+    found = {"pipeline_images_s": _images_s(data.train_dataloader())}
+    for n in (0, 2):
+        loader = DataLoader(single, num_workers=n, persistent_workers=n > 0, **options)
+        found[f"torchvision_{n}_images_s"] = _images_s(loader)
+    return found
 
-    def drain(loader: DataLoader) -> None:
+
+def _images_s(loader: DataLoader) -> float:
+    def drain() -> None:
         for images, _ in loader:
             images = images.to(DEVICE)
-            if loader is ours:
+            if images.dtype == torch.uint8:  # ours are normalized there
                 normalize(images, MEAN, STD)
 
-    rates = [len(x.dataset) / _seconds(lambda x=x: drain(x), 1) for x in (ours, none, two)]
-    names = ("pipeline_images_s", "torchvision_0_images_s", "torchvision_2_images_s")
-    found = dict(zip(names, rates, strict=True))
-    return {**found, "pipeline_vs_torchvision": rates[0] / max(rates[1:])}
+    return len(loader.dataset) / _seconds(drain, 1)

@@ -45,7 +45,6 @@ def predict(names: list[str], ckpt_path: str | None, format: str, out: str | Non
     done = f"{len(rows):,} of {len(files):,} images classified, {uncertain:,} uncertain"
     say(f"{done}; {known}; weights: {checkpoint.path}")
     if out is not None and rows:
-        os.environ.pop("MPLBACKEND", None)  # not used, but an unknown one fails the import
         from allconv.commands import predict_figure
 
         predict_figure.write(Path(out), answers[:SHEET], f"AllCNN: {known}")

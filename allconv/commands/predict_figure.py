@@ -1,9 +1,5 @@
-"""The sheet of `predict --out`: each image, the network's input, the class evidence, the answer.
+"""The sheet of `predict --out`: each image, the network's input, the class evidence, the answer."""
 
-All panels are squares of one size at fixed places, so they align over the rows.
-"""
-
-import math
 import warnings
 from pathlib import Path
 
@@ -15,33 +11,29 @@ from allconv.errors import printable
 from allconv.plots import BLUE, GREY, VERMILION, readable
 from allconv.rundir import write_whole
 
-# inches: left edges and widths in a cell, the last is the colour bar; a cell; the heading
-SIDE, CELL, HEADING = 2.0, (9.3, 2.95), 0.4
-PANELS = ((0.2, SIDE), (2.35, SIDE), (4.5, SIDE), (7.15, SIDE), (6.58, 0.1))
 # clear where there is no evidence, so that the image is visible beneath
 ENDS = to_rgba(BLUE, 0.8), to_rgba(BLUE, 0), to_rgba(VERMILION, 0), to_rgba(VERMILION, 0.8)
 EVIDENCE = LinearSegmentedColormap.from_list("", list(zip((0, 0.5, 0.5, 1), ENDS, strict=True)))
 
 
 def write(path: Path, answers: list[tuple[dict, tuple]], title: str) -> None:
-    """Draw the answers of `predict`, with their panels, into a PNG file."""
-    columns = 1 if len(answers) < 3 else 2
-    width, height = columns * CELL[0], math.ceil(len(answers) / columns) * CELL[1] + HEADING
-    figure = Figure(figsize=(width, height))
-    figure.text(0.5, 1 - HEADING / 2 / height, title, ha="center", va="center", fontsize=12)
-    for i, (row, panels) in enumerate(answers):
-        left = i % columns * CELL[0]
-        bottom = height - HEADING - (i // columns + 1) * CELL[1] + 0.3
-        boxes = [((left + x) / width, bottom / height, w / width, SIDE / height) for x, w in PANELS]
-        _draw([figure.add_axes(box) for box in boxes], row, *panels)
+    """Draw the answers of `predict`, with their panels, into a PNG file: a row for each image."""
+    height = 3.0 * len(answers) + 0.4  # inches
+    figure = Figure(figsize=(10.4, height))
+    figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", fontsize=12)
+    rows = figure.subplots(len(answers), 4, squeeze=False)
+    edges = {"top": 1 - 1 / height, "bottom": 0.35 / height, "hspace": 0.45}
+    figure.subplots_adjust(left=0.02, right=0.98, wspace=0.3, **edges)
+    for axes, (row, panels) in zip(rows, answers, strict=True):
+        _draw(axes, row, *panels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def _draw(axes, row, image, given, evidence) -> None:
-    """An image's four panels and colour bar."""
-    whole, seen, where, bars, bar = axes
+    """An image's four panels, with the scale of its evidence."""
+    whole, seen, where, bars = axes
     name = row["image"] if len(row["image"]) <= 80 else f"...{row['image'][-77:]}"
     name = printable(name) + ("" if row["confident"] else "   (uncertain)")
     # a dollar sign in a file name begins no formula
@@ -56,15 +48,16 @@ def _draw(axes, row, image, given, evidence) -> None:
     where.imshow(given.float().mean(0).numpy(), cmap="gray", vmin=-100, vmax=255)
     over = {"norm": CenteredNorm(), "interpolation": "bilinear", "extent": (-0.5, 31.5, 31.5, -0.5)}
     shown = where.imshow(evidence.numpy(), cmap=EVIDENCE, **over)
-    where.figure.colorbar(shown, cax=bar).ax.tick_params(labelsize=8)
+    scale = where.inset_axes((1.04, 0, 0.05, 1))
+    where.figure.colorbar(shown, cax=scale).ax.tick_params(labelsize=8)
     where.set_xlabel(f"mean {evidence.mean():.1f} = logit", fontsize=9)
     for i, (label, share) in enumerate(map(dict.values, row["top"][:5])):
         color = GREY if i else BLUE if row["confident"] else VERMILION
         bars.barh(i + 0.7, share, height=0.3, color=color)
         bars.text(0, i + 0.45, f"{readable(label)}  {share:.1%}", fontsize=9, parse_math=False)
-    bars.set(xlim=(0, 1), ylim=(5, 0))
+    bars.set(xlim=(0, 1), ylim=(5, 0), box_aspect=1)
     bars.spines[:].set_visible(False)
     titles = ("image (frame: used)", "network input", "evidence for the top class", "probability")
-    for each, text in zip(axes, titles, strict=False):
+    for each, text in zip(axes, titles, strict=True):
         each.set(xticks=[], yticks=[])
         each.set_title(text, fontsize=9, parse_math=False)

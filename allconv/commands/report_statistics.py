@@ -1,12 +1,152 @@
-"""Statistics of `report`: intervals, McNemar's test, calibration."""
+"""Numbers of `report`: a net's answers, their accuracy and calibration, two nets compared."""
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import multiclass_calibration_error
 
+from allconv import cifar100, runtime
+from allconv.augment import normalize
+from allconv.checkpoints import Checkpoint
+from allconv.errors import UserError
+from allconv.model import AllCNN
+from allconv.plots import readable
+
+BATCH = 500  # images; least CPU time of 50 to 500
 Z = 1.959964  # standard errors on each side of a 95 % interval
+
+
+@dataclass
+class Evaluation:
+    """What a checkpoint's net answers to the N images of a split."""
+
+    key: str  # A or B
+    checkpoint: Checkpoint
+    net: AllCNN
+    images: Tensor  # (N, 3, 32, 32) uint8
+    labels: Tensor  # (N,)
+    logits: Tensor  # (N, classes)
+    temperature: float  # fitted to the validation images
+
+    def __post_init__(self):
+        self.confidence, self.predicted = self.logits.softmax(1).max(1)  # (N,)
+        self.right = self.predicted == self.labels  # (N,)
+        self.acc = self.right.double().mean().item()
+        self.interval = wilson(self.right.sum().item(), len(self.labels))
+        n = self.logits.shape[1]
+        cells = self.labels * n + self.predicted
+        self.matrix = cells.bincount(minlength=n * n).view(n, n)  # true class, predicted class
+        self.by_class = self.matrix.diag() / self.matrix.sum(1)  # NaN of a class without images
+
+
+def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -> list[dict]:
+    """For each checkpoint, (images, labels) of its validation split and of `split`, by split.
+
+    Raises:
+        UserError: those of `split` are not the same for both.
+    """
+    known = [c.data["data_dir"] for c in checkpoints if "data_dir" in c.data]
+    data_dir = data_dir or [*known, "data"][0]
+    cifar100.prepare(data_dir, checkpoints[0].data.get("demo", False))
+    load = cache(partial(cifar100.load, data_dir=data_dir))  # what both need is read once
+    sets = [{} for _ in checkpoints]
+    for part in dict.fromkeys(("val", split)):
+        keys = {"demo"} if part == "test" else {"demo", "val_size", "split_seed"}
+        for found, c in zip(sets, checkpoints, strict=True):
+            found[part] = load(part, **{k: v for k, v in c.data.items() if k in keys})
+    if not torch.equal(sets[0][split][0], sets[-1][split][0]):
+        raise UserError("A and B hold out different validation images (val_size, split_seed)")
+    return sets
+
+
+@torch.inference_mode()
+def evidence(net: AllCNN, images: Tensor) -> Tensor:
+    """Class evidence maps (N, classes, 8, 8) of uint8 images; their means are the logits."""
+    images = images.to(net.conv1[0].weight.device)
+    return net.maps(normalize(images, cifar100.MEAN, cifar100.STD)).cpu()
+
+
+def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evaluation:
+    """Run the net once over each set of images; the last is the one that is reported."""
+    runtime.keep_memory()
+    net = checkpoint.net().to("cuda" if torch.cuda.is_available() else "cpu")
+    for split, (images, labels) in sets.items():
+        title = f"{key}: {len(images):,} {split} images"
+        batches = track(images.split(BATCH), title, console=Console(stderr=True))
+        logits = torch.cat([evidence(net, batch).mean((2, 3)) for batch in batches])
+        if not logits.isfinite().all():
+            raise UserError(f"{checkpoint.path}: its logits are not all finite")
+        if split == "val":
+            temperature = fit_temperature(logits, labels)
+    return Evaluation(key, checkpoint, net, images, labels, logits, temperature)
+
+
+def members(data: ModuleType) -> Tensor:
+    """Class numbers (superclasses, classes in each)."""
+    return torch.tensor([[data.CLASSES.index(c) for c in g] for g in data.SUPERCLASSES.values()])
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def results(e: Evaluation) -> dict[str, str]:
+    """A net's column of the table of results, by what was measured."""
+    own = members(e.checkpoint.dataset)
+    inside = sum(e.matrix[classes][:, classes].sum().item() for classes in own)
+    top5 = (e.logits.topk(5).indices == e.labels[:, None]).any(1).double().mean().item()
+    loss, ece = calibration(e.logits, e.labels)
+    scaled_loss, scaled_ece = calibration(e.logits / e.temperature, e.labels)
+    return {
+        "accuracy (top 1)": percent(e.acc),
+        "95 % interval": f"{100 * e.interval[0]:.2f} to {percent(e.interval[1])}",
+        "top-5 accuracy": percent(top5),
+        "superclass accuracy": percent(inside / len(e.labels)),
+        "cross-entropy (nats)": f"{loss:.4f}",
+        "ECE": percent(ece),
+        "temperature": f"{e.temperature:.4f}",
+        "cross-entropy, calibrated": f"{scaled_loss:.4f}",
+        "ECE, calibrated": percent(scaled_ece),
+        "parameters": f"{sum(p.numel() for p in e.net.parameters()):,}",
+        "epochs trained": str(e.checkpoint.epoch or "unknown"),
+    }
+
+
+def classes(evaluations: list[Evaluation]) -> list[tuple]:
+    """Class, superclass and accuracy of each net: worst first, or what differs most first."""
+    data, found = evaluations[0].checkpoint.dataset, []
+    for group, names in data.SUPERCLASSES.items():
+        for name in names:
+            shares = [e.by_class[data.CLASSES.index(name)].item() for e in evaluations]
+            rank = -abs(shares[0] - shares[1]) if shares[1:] else shares[0]
+            columns = readable(name), readable(group), *(percent(x, 0) for x in shares)
+            if not math.isnan(rank):
+                found.append((rank, *columns))
+    return [row[1:] for row in sorted(found)]
+
+
+def compare(a: Evaluation, b: Evaluation) -> dict[str, object]:
+    """What the page says of two nets on the same images."""
+    n = len(a.labels)
+    both = (a.right & b.right).sum().item()
+    only_a, only_b = a.right.sum().item() - both, b.right.sum().item() - both
+    right = "A right", f"{both:,}", f"{only_a:,}"
+    wrong = "A wrong", f"{only_b:,}", f"{n - both - only_a - only_b:,}"
+    return {
+        "counts": [right, wrong],
+        "unequal": only_a + only_b,
+        "difference": (only_a - only_b) / n,
+        "interval": paired_interval(only_a, only_b, n),
+        "p": mcnemar(only_a, only_b),
+    }
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -28,7 +168,7 @@ def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
     return (a - b - half) / n, (a - b + half) / n
 
 
-def fit_temperature(logits: "Tensor", labels: "Tensor") -> float:
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The divisor of the logits with the lowest cross-entropy (Guo et al., 2017), by bisection."""
     logits, low, high = logits.double(), 0.01, 100.0
     of_labels = logits.gather(1, labels[:, None]).mean()
@@ -40,10 +180,8 @@ def fit_temperature(logits: "Tensor", labels: "Tensor") -> float:
     return middle
 
 
-def calibration(logits: "Tensor", labels: "Tensor") -> tuple[float, float]:
+def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Cross-entropy, and expected calibration error in 15 bins of equal width."""
-    log_p = logits.double().log_softmax(1)
-    confidence, predicted = log_p.exp().max(1)
-    gaps = (confidence * 15).long().bincount(confidence - (predicted == labels).double())
-    loss = -log_p.gather(1, labels[:, None]).mean().item()
-    return loss, gaps.abs().sum().item() / len(labels)
+    shares = logits.double().softmax(1)
+    error = multiclass_calibration_error(shares, labels, logits.shape[1], n_bins=15)
+    return cross_entropy(logits.double(), labels).item(), error.item()
