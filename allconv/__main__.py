@@ -13,6 +13,7 @@ COMMANDS = {
     "runs": "list the runs and their results; runs differing only in seed are averaged",
     "predict": "classify your own images, files or folders, and show the class evidence",
     "report": "write an HTML report about a checkpoint, or compare two: report A B",
+    "reproduce": "list the published numbers, or train them again and compare",
     "bench": "measure training, input pipeline, memory and start-up on this machine",
 }
 

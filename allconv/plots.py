@@ -63,6 +63,18 @@ def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> F
     return figure
 
 
+def bars(values: dict[str, float], expected: dict[str, float]) -> Figure:
+    """Accuracies in % by name, each with the expected one as a tick."""
+    figure = Figure(figsize=(8, 0.35 * len(values) + 1), layout="constrained")
+    axes, names = figure.subplots(), list(values)
+    axes.bar_label(axes.barh(names, values.values(), color=BLUE), fmt="%.1f", padding=8)
+    axes.plot([expected[name] for name in names], names, "|", color=VERMILION, ms=14, mew=2)
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy (%; the ticks are the published values)", xlim=(0, 100))
+    style(axes)
+    return figure
+
+
 def style(axes) -> None:
     """A light grid, and no box."""
     axes.grid(alpha=0.3)

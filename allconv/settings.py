@@ -10,10 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from allconv.checkpoints import Checkpoint, CheckpointError
 from allconv.errors import OneLineErrors, UsageError, UserError, say
-from allconv.rundir import read_yaml
+from allconv.rundir import CONFIGS, read_yaml
 
-CONFIGS = Path(__file__).parent / "configs"
-CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
+RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
 REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
 # of a task's arguments, those that do not change what its weights compute
 NEUTRAL = {"compile", "flip_test"}
@@ -47,10 +46,10 @@ def config_files(args: list[str]) -> tuple[list[str], list[Path]]:
         place = i if equals else i + 1
         name = value if equals else "".join(args[place : place + 1])
         path = Path(name)
-        if not path.is_file() and (CONFIGS / f"{name}.yaml").is_file():
-            path = CONFIGS / f"{name}.yaml"
+        if not path.is_file():
+            path = RECIPES.get(name, path)
         if not name or not path.is_file():
-            names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+            names = ", ".join(sorted(RECIPES))
             raise UsageError(f"--config {name}: no such file; recipes: {names}")
         args[place] = f"{key}={path}" if equals else str(path)
         files.append(path)

@@ -8,8 +8,9 @@ import yaml
 from conftest import REPO
 
 from allconv.__main__ import COMMANDS, main
+from allconv.settings import RECIPES
 
-CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.yaml"))
+CONFIGS = sorted(RECIPES)
 # what a recipe for other machines is run with here
 ON_A_CPU = (
     "--data.demo true --model.width 2 --model.compile false --trainer.accelerator cpu "

@@ -1,0 +1,197 @@
+"""`python -m allconv reproduce`: the published numbers, listed, trained again and compared.
+
+They are the claims of configs/claims.yaml, whose header describes the fields.
+"""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import mean, stdev
+
+from allconv import evaluation, rundir
+from allconv.errors import Parser, StoppedError, UsageError, UserError
+
+Claim = dict[str, object]
+
+CLAIMS = rundir.CONFIGS / "claims.yaml"
+EVALUATED = 0.05  # points: packaged weights differ by rounding alone, a few of 10,000 images
+MARKED = re.compile(r"(<!-- claims: (\S+) -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def claims() -> dict[str, Claim]:
+    """The claims by name, each with its table, its whole flags and what it is called there."""
+    found: dict[str, Claim] = {}
+    for table, rows in rundir.read_yaml(CLAIMS).items():
+        for name, row in rows.items():
+            base = found[row["base"]]["flags"] if "base" in row else ""
+            claim = {**row, **row["result"], **row["run"], "table": table}
+            claim["flags"] = f"{base} {row['flags']}".strip()
+            found[name] = {"what": f"`{claim['flags']}`", **claim}
+    return found
+
+
+def choose(name: str, found: dict[str, Claim]) -> dict[str, Claim]:
+    """The claim of that name, or the claims of the tables NAME and NAME-...
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in found:
+        return {name: found[name]}
+    chosen = {k: c for k, c in found.items() if f"{c['table']}-".startswith(f"{name}-")}
+    if not chosen:
+        near = get_close_matches(name, [*found, *(c["table"] for c in found.values())], 1)
+        hint = f"did you mean {near[0]}?" if near else "python -m allconv reproduce lists them"
+        raise UsageError(f"no claim {name}; {hint}")
+    return chosen
+
+
+def _cost(claim: Claim) -> str:
+    minutes = 60 * claim["hours"]
+    time = f"{60 * minutes:.0f} s" if minutes < 1 else f"{minutes:.{int(minutes < 10)}f} min"
+    return f"{time} on {claim['machine']}"
+
+
+def table(name: str, found: dict[str, Claim]) -> str:
+    """A table in Markdown.
+
+    Raises:
+        UserError: no claim is in it.
+    """
+    rows = []
+    for key, claim in found.items():
+        if claim["table"] != name:
+            continue
+        spread = f" ± {claim['sd']:.2f}" if "sd" in claim else ""
+        cells = {"claim": f"`{key}`", "what": claim["what"]}
+        cells[claim["metric"]] = f"{claim['expected']:.2f}{spread} %"
+        if "base" in claim:
+            difference = claim["expected"] - found[claim["base"]]["expected"]
+            cells["change"] = f"{difference:+.2f}"
+        cells |= claim.get("also", {}) | {"seeds": ", ".join(map(str, claim["seeds"]))}
+        rows.append(cells | {"time": _cost(claim), "commit": f"`{claim['commit']}`"})
+    if not rows:
+        raise UserError(f"no table {name} in {CLAIMS.name}")
+    keys = list(max(rows, key=len))
+    lines = [keys, len(keys) * ["---"], *([str(row.get(key, "")) for key in keys] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _call(name: str, *args: str) -> None:
+    """Run a command of allconv in a process of its own; its output is passed through."""
+    print("python -m allconv", shlex.join(args), flush=True)
+    child = subprocess.Popen([sys.executable, "-m", "allconv", *args])
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child as well, and ends it
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    code = child.wait()
+    if code in (1, 2):
+        sys.exit(code)  # it has said why
+    if code:
+        code = code if code > 0 else 128 - code
+        raise StoppedError(f"{name} is stopped; the same command goes on with it", code)
+
+
+def _ended(run: Path) -> bool:
+    epochs = rundir.read_config(run)["trainer"]["max_epochs"]
+    if len(rundir.read_metrics(run)) < epochs:
+        return False
+    from allconv import checkpoints  # imports torch, which the list does without
+
+    # an epoch's row is written before its checkpoint
+    return checkpoints.load(run / "checkpoints/last.ckpt").epoch == epochs
+
+
+def measure(name: str, claim: Claim, seed: int, root: Path, data: list[str]) -> float:
+    """The metric in % of the run in `root`: trained, resumed, or only read if it is complete.
+
+    Raises:
+        UserError: the run is of other flags.
+    """
+    recipe = f"{name}: {claim['flags']}"  # kept in the run's config.yaml
+    begun = list(root.glob(f"{rundir.LOGS}/version_*/checkpoints/last.ckpt"))
+    if not begun:
+        flags = [*shlex.split(claim["flags"]), "--seed_everything", str(seed), "--recipe", recipe]
+        _call(name, "fit", *flags, "--trainer.default_root_dir", str(root), *data)
+    run = begun[-1].parent.parent if begun else rundir.runs(root / rundir.LOGS)[-1]
+    if rundir.read_config(run).get("recipe") != recipe:
+        raise UserError(f"{run} is not of {recipe}; delete it, or choose another --out")
+    if begun and not _ended(run):
+        _call(name, "fit", "--ckpt_path", str(begun[-1]), *data)
+    if claim["metric"].startswith("val/"):
+        return 100 * rundir.read_metrics(run)[-1][claim["metric"]]
+    of = ("test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
+    if not evaluation.read(run, *of):
+        _call(name, "test", "--ckpt_path", str(run), *data)
+    return 100 * evaluation.read(run, *of)[claim["metric"]]
+
+
+def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -> bool:
+    """Print the value beside the published one; whether it is within the tolerance."""
+    right = abs(value - claim["expected"]) <= tolerance
+    against = f"{value:.2f} against {claim['expected']:.2f} +- {tolerance:.2f}"
+    word = "reproduced" if right else "not reproduced"
+    print(f"{word}: {against} ({name}, {claim['metric']} in %, {how})", flush=True)
+    return right
+
+
+def reproduce(chosen: dict[str, Claim], out: Path, data: list[str], every: bool) -> bool:
+    """Measure and compare the claims, of each its first seed or every seed."""
+    values, right = {}, True
+    for name, claim in chosen.items():
+        seeds = claim["seeds"] if every else claim["seeds"][:1]
+        found = [measure(name, claim, seed, out / name / f"seed_{seed}", data) for seed in seeds]
+        many = len(seeds) > 1
+        how = f"{len(seeds)} seeds, sd {stdev(found):.2f}" if many else f"seed {seeds[0]}"
+        values[name] = mean(found)
+        right &= compare(name, claim, values[name], claim["tolerance"], how)
+    if len(chosen) > 1:
+        from allconv import plots  # imports torch
+
+        path = out / f"{next(iter(chosen.values()))['table'].partition('-')[0]}.png"
+        expected = {name: claim["expected"] for name, claim in chosen.items()}
+        plots.bars(values, expected).savefig(path, dpi=120)
+        print(f"written: {path}")
+    return right
+
+
+def evaluate(name: str | None, found: dict[str, Claim], data: list[str]) -> bool:
+    """Test the packaged weights and compare them with their claim."""
+    own = next(key for key, claim in found.items() if "weights" in claim)
+    if name not in (None, own):
+        raise UsageError(f"--evaluate tests the packaged weights, which are those of {own}")
+    _call(own, "test", "--ckpt_path", found[own]["weights"], *data)
+    result = json.loads(Path(rundir.LOGS, "pretrained", "test.json").read_text("utf-8"))
+    value = 100 * result[found[own]["metric"]]
+    return compare(own, found[own], value, EVALUATED, "packaged weights")
+
+
+def main(args: list[str]) -> None:
+    """Run the command; exit code 1 if a number is not reproduced."""
+    parser = Parser(prog="allconv reproduce", description="List or reproduce published numbers.")
+    parser.add_argument("name", nargs="?", help="A claim, or a table: its claims, and a plot.")
+    parser.add_argument("--data_dir", help="Folder with the data set, as in fit.")
+    parser.add_argument("--out", default="reproduced", help="Folder for the runs.")
+    parser.add_argument("--seeds", choices=["first", "all"], default="first", help="Seeds to run.")
+    parser.add_argument("--evaluate", action="store_true", help="Only test the packaged weights.")
+    parser.add_argument("--tables", nargs="+", help="Markdown files whose tables are written.")
+    given, found = parser.parse_args(args), claims()
+    data = ["--data.data_dir", given.data_dir] if given.data_dir else []
+    if given.evaluate:
+        sys.exit(not evaluate(given.name, found, data))
+    if given.name:
+        chosen = choose(given.name, found)
+        sys.exit(not reproduce(chosen, Path(given.out), data, given.seeds == "all"))
+    for path in map(Path, given.tables or []):
+        text = path.read_text("utf-8")
+        rundir.write_text(path, MARKED.sub(lambda mark: mark[1] + table(mark[2], found), text))
+        print(f"written: {path}")
+    if not given.tables:
+        for name, claim in found.items():
+            value = f"{claim['metric']:8} {claim['expected']:5.2f} +- {claim['tolerance']:.2f}"
+            print(f"{claim['table']:16} {name:21} {value}  {_cost(claim):27} {claim['what']}")
+        print("\ntrain one again, or all of a table: python -m allconv reproduce NAME")

@@ -1,0 +1,171 @@
+"""`reproduce`: claims are listed, written into the tables, trained again and compared."""
+
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import HANGS, REPO, TINY, finish, process, rows
+
+from allconv.__main__ import main
+from allconv.commands import reproduce
+from allconv.rundir import read_metrics
+
+CLAIMS = reproduce.claims()
+DOCS = ("README.md", "lightning_logs/README.md")
+
+
+def claim(flags, metric, expected):
+    return {
+        "flags": flags,
+        "result": {"metric": metric, "expected": expected, "tolerance": 0.5},
+        "run": {"seeds": [43, 1], "hours": 0.1, "machine": "any", "commit": "0"},
+    }
+
+
+@pytest.fixture
+def tiny(run, monkeypatch):
+    """Claims on the tiny run's two results, with the run where `reproduce` keeps it."""
+    accuracy = 100 * read_metrics(run)[-1]["val/acc"]
+    tested = 100 * yaml.safe_load((run / "test.json").read_text())["test/acc"]
+    flags = shlex.join(TINY[1:])
+    content = {
+        "val": claim(flags, "val/acc", accuracy),
+        "test": claim(flags, "test/acc", tested),
+        "off": claim(flags, "val/acc", accuracy + 0.6),
+    }
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in content:
+        copy = Path(f"reproduced/{name}/seed_43") / run
+        shutil.copytree(run, copy)
+        config["recipe"] = f"{name}: {flags}"
+        (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    Path("claims.yaml").write_text(yaml.safe_dump({"small": content}, sort_keys=False))
+    monkeypatch.setattr(reproduce, "CLAIMS", Path("claims.yaml"))
+    return content
+
+
+def code(*args):
+    with pytest.raises(SystemExit) as end:
+        main(["reproduce", *args])
+    return end.value.code
+
+
+def test_claims_are_listed_with_their_cost(capsys):
+    main(["reproduce"])
+    lines = capsys.readouterr().out.splitlines()
+    (demo,) = (line for line in lines if " demo " in line)
+    assert "val/acc  81.40" in demo
+    assert "12 s on 2 idle CPU cores" in demo
+    assert len(lines) == len(CLAIMS) + 2
+
+
+def test_listing_imports_no_torch():
+    run = "import sys; from allconv.__main__ import main; main(['reproduce'])"
+    assert finish(code=f"{run}; print('torch' in sys.modules)").endswith("False\n")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claim_is_whole_and_its_flags_are_parsed(name, capsys):
+    found = CLAIMS[name]
+    n, sd = len(found["seeds"]), found.get("sd")
+    assert found["metric"] in ("test/acc", "val/acc")
+    assert 0 < found["tolerance"] < 12
+    assert found["hours"] > 0
+    assert found["machine"]
+    assert isinstance(found["commit"], str)
+    assert sd is None or n >= 2
+    if sd and n >= 3:
+        assert found["tolerance"] == pytest.approx(3 * sd, abs=0.05)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *shlex.split(found["flags"]), "--print_config"])
+    assert end.value.code == 0
+    assert "model:" in capsys.readouterr().out
+
+
+def test_tables_are_those_of_the_claims(own_folder):
+    for name in DOCS:
+        Path(name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, name)
+    main(["reproduce", "--tables", *DOCS])
+    for name in DOCS:
+        hint = f"run: python -m allconv reproduce --tables {' '.join(DOCS)}"
+        assert Path(name).read_text() == (REPO / name).read_text(), hint
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"),
+    [
+        (["dmo"], 2, "no claim dmo; did you mean demo?"),
+        (["xyz"], 2, "no claim xyz; python -m allconv reproduce lists them"),
+        (["fast", "--evaluate"], 2, "which are those of strong"),
+        (["--tables", "none.md"], 1, "none.md: No such file"),
+        (["--tables", "page.md"], 1, "no table nothing in claims.yaml"),
+    ],
+)
+def test_bad_input_is_refused(args, status, said, refused):
+    Path("page.md").write_text("<!-- claims: nothing -->\n<!-- end -->\n")
+    assert said in refused("reproduce", *args, code=status)
+
+
+def test_claims_are_no_recipe(refused):
+    said = refused("fit", "--config", "claims", code=2)
+    assert "claims," not in said.replace("--config claims", "")
+
+
+def test_what_is_complete_is_only_compared(tiny, capfd):
+    assert not code("val")
+    assert not code("test")
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 2
+    for line, name in zip(said, ("val", "test"), strict=True):
+        assert line.startswith(f"reproduced: {tiny[name]['result']['expected']:.2f} against ")
+        assert "+- 0.50" in line
+
+
+def test_a_table_is_compared_and_drawn_and_fails_as_a_whole(tiny, capfd):
+    assert code("small") == 1
+    said = capfd.readouterr().out
+    assert said.count("\nreproduced: ") == 1
+    assert "\nnot reproduced: " in said
+    assert Path("reproduced/small.png").stat().st_size > 1000
+
+
+def test_a_run_of_other_flags_is_refused(tiny, refused):
+    tiny["val"]["flags"] += " --model.lr 0.2"
+    Path("claims.yaml").write_text(yaml.safe_dump({"small": tiny}))
+    said = refused("reproduce", "val", code=1)
+    assert "delete it, or choose another --out" in said
+
+
+@pytest.mark.slow
+def test_no_data_is_one_line(own_folder, capfd):
+    Path("file").touch()
+    assert code("fast", "--data_dir", "file") == 1
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_demo_is_reproduced(own_folder, capfd):
+    assert not code("demo")
+    assert "\nreproduced: " in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_stopped_reproduction_goes_on(own_folder):
+    run = Path("reproduced/demo/seed_43/lightning_logs/version_0")
+    running, end = process("reproduce", "demo"), time.monotonic() + HANGS
+    while rows(run) < 1 and time.monotonic() < end:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate(timeout=HANGS)
+    assert running.returncode == 143
+    assert "demo is stopped; the same command goes on with it" in said
+    assert 1 <= rows(run) < 5
+    said = finish("reproduce", "demo")
+    assert f"fit --ckpt_path {run}/checkpoints/last.ckpt" in said
+    assert "\nreproduced: " in said
+    assert rows(run) == 5
