@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -74,11 +75,6 @@ class LastCheckpoint(ModelCheckpoint):
     epoch, a run would not be the one that never stopped.
     """
 
-    def __init__(self):
-        super().__init__(
-            filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-        )
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state that a new run begins with."""
         super().on_train_start(trainer, pl_module)
@@ -122,12 +118,12 @@ class StepLoss(Callback):
 class Curves(Callback):
     """Draws `curves.png` into the run directory after every epoch, so that a stopped run has it."""
 
+    @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what metrics.csv holds, which is the whole run, also when it was resumed."""
         run = run_directory(trainer)
-        if trainer.is_global_zero and run:
-            title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.TITLE}"
-            save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
+        title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.TITLE}"
+        save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
@@ -143,8 +139,6 @@ class Predictions(Callback):
     Args:
         folder: where the files go when a checkpoint is evaluated; None while training.
     """
-
-    every_n_epochs = 10
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -165,9 +159,7 @@ class Predictions(Callback):
         epoch = trainer.current_epoch + 1
         if self.folder:
             self._draw(trainer, "val", "validate")
-        elif not trainer.sanity_checking and (
-            epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
-        ):
+        elif (epoch % 10 == 0 or epoch == trainer.max_epochs) and not trainer.sanity_checking:
             self._draw(trainer, "val", f"validation, epoch {epoch}")
 
     on_test_epoch_start = on_validation_epoch_start
@@ -182,23 +174,20 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
-        # of the images that this process saw
-        images, labels = (
-            tensor[:: trainer.world_size] for tensor in vars(data.sets[split]).values()
-        )
         # TensorBoard shows a figure 400 pixels wide: fewer images
         count, columns = (10, 5) if self.folder else (6, 3)
         index = plots.sample(len(logits))[:count]
+        place = index * trainer.world_size  # this process saw every world_size-th image
+        images, labels = data.sets[split].images[place], data.sets[split].labels[place]
         right, n = matrix.trace().item(), matrix.sum().item()
         title = f"{data.dataset.TITLE}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
         names, groups = data.dataset.CLASSES, data.dataset.SUPERCLASSES
-        shown = images[index], labels[index], logits[index]
-        sheet = plots.predictions(*shown, names, title, columns)
+        sheet = plots.predictions(images, labels, logits[index], names, title, columns)
         confusion = plots.confusion(matrix, names, groups, title)
         if self.folder:
             save(sheet, self.folder / f"{what}.png", 120)
             save(confusion, self.folder / f"{what}_confusion.png", 120)
-        elif trainer.loggers:
+        else:
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)
             board.add_figure("confusion", confusion, step)
@@ -220,8 +209,9 @@ def of_fit(given: Namespace, own: list[Callback], bar: bool) -> list[Callback]:
         return found
     found += [Curves(), Predictions()]
     if given.enable_checkpointing is not False:
-        best = ModelCheckpoint(
-            monitor="val/acc", mode="max", filename="best", enable_version_counter=False
-        )
-        found += [best, LastCheckpoint()]
+        replace = {"enable_version_counter": False}
+        found += [
+            ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
+            LastCheckpoint(filename="last", save_on_train_epoch_end=True, **replace),
+        ]
     return found

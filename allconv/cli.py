@@ -39,6 +39,7 @@ class CLI(LightningCLI):
             CIFAR100,
             args=args,
             parser_class=settings.Parser,
+            parser_kwargs={"prog": "allconv"},
             seed_everything_default=43,  # the notebook's
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -54,12 +55,8 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer methods that are commands, each with its arguments that are not flags."""
-        skip = {"model", "dataloaders", "datamodule", "weights_only", "verbose"}
-        return {
-            "fit": {*skip, "train_dataloaders", "val_dataloaders"},
-            "validate": skip,
-            "test": skip,
-        }
+        table = LightningCLI.subcommands()
+        return {k: table[k] | {"weights_only", "verbose"} for k in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --init and --recipe; to every command, since all of them read a run's config.yaml."""
@@ -78,7 +75,8 @@ class CLI(LightningCLI):
         command, *rest = sys.argv[1:] if args is None else args
         if {"-h", "--help"} & set(rest):
             parser.parse_args([command, "--help"])
-        rest, files = settings.config_files(rest)
+        rest = settings.split(rest)
+        files = settings.config_files(rest)
         try:
             contents = [rundir.read_yaml(path) for path in files]
         except rundir.RunError as error:
@@ -119,7 +117,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""
         given = self.config_init[self.subcommand].trainer
-        own = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks]
+        own = _several(given.callbacks)
         own_bar = any(isinstance(callback, ProgressBar) for callback in own)
         bar = sys.stdout.isatty() and given.enable_progress_bar is not False and not own_bar
         self.save_config_callback = None
@@ -132,10 +130,8 @@ class CLI(LightningCLI):
             always = callbacks.of_fit(given, own, bar)
             self.run_wanted = given.logger is not False and not given.fast_dev_run
             self.save_config_callback = SaveConfig if self.run_wanted else None
-            plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
-            kwargs["plugins"] = [*filter(None, plugins), callbacks.WholeCheckpointIO()]
-            loggers = given.logger if isinstance(given.logger, list) else [given.logger]
-            self.loggers = [logger for logger in loggers if not isinstance(logger, bool | None)]
+            kwargs["plugins"] = [*_several(given.plugins), callbacks.WholeCheckpointIO()]
+            self.loggers = _several(given.logger)
             kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
             if given.logger is False and not any(isinstance(c, Checkpoint) for c in own):
                 kwargs["enable_checkpointing"] = False  # Lightning would write into the folder
@@ -169,15 +165,14 @@ class CLI(LightningCLI):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self.run_wanted:
             return
-        run, step = Path(rundir.LOGS, "version_0"), None  # the other processes write nothing
+        run, step = Path(rundir.LOGS, "version_0"), 0  # the other processes write nothing
         if trainer.is_global_zero:
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-            run = self.checkpoint and self.checkpoint.run
-            step = self.checkpoint and self.checkpoint.step
-            changes = settings.changes(self.before, config) if run else []
-            if changes:
-                changes = ", ".join(changes)
+            run = None
+            if self.checkpoint:
+                run, step = self.checkpoint.run, self.checkpoint.step
+            if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
             if not run:
                 logs = self._logs(config.trainer.default_root_dir)
@@ -187,12 +182,12 @@ class CLI(LightningCLI):
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
-        self._run("fit", ckpt_path=self.checkpoint and self.checkpoint.path, **kwargs)
+        self._run(ckpt_path=self.checkpoint and self.checkpoint.path, **kwargs)
 
-    def _run(self, command: str, **kwargs) -> None:
-        """Run a method of the trainer; Lightning exits with 1 after Ctrl-C and 0 after SIGTERM."""
+    def _run(self, **kwargs) -> None:
+        """Run the trainer; Lightning exits with 1 after Ctrl-C and 0 after SIGTERM."""
         try:
-            getattr(self.trainer, command)(weights_only=True, **kwargs)
+            getattr(self.trainer, self.subcommand)(weights_only=True, **kwargs)
         except Exception as error:
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
@@ -208,29 +203,29 @@ class CLI(LightningCLI):
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise UsageError(f"{kind}{error}") from None
         except SystemExit as stop:
-            last = (run_directory(self.trainer) or Path()) / "checkpoints" / "last.ckpt"
-            more = f"; go on with: python -m allconv fit --ckpt_path {last}"
-            where = f"stopped in epoch {self.trainer.current_epoch + 1}"
-            message = where + more if command == "fit" and last.is_file() else "stopped"
+            run, message = run_directory(self.trainer), "stopped"
+            if run and (last := run / "checkpoints" / "last.ckpt").is_file():
+                message += f" in epoch {self.trainer.current_epoch + 1}; go on with: "
+                message += f"python -m allconv fit --ckpt_path {last}"
             if stop.code == 143 or self.trainer.interrupted:
                 raise StoppedError(message, 143 if stop.code == 143 else 130) from None
             raise
 
-    def validate(self, **kwargs) -> None:
-        """Evaluate on the validation images."""
-        self._evaluate("validate", "val", **kwargs)
-
-    def test(self, **kwargs) -> None:
-        """Evaluate on the test images."""
-        self._evaluate("test", "test", **kwargs)
-
-    def _evaluate(self, command: str, split: str, ckpt_path=None, **kwargs) -> None:
+    def test(self, ckpt_path=None, **kwargs) -> None:
         """Evaluate the checkpoint, print the results and write them beside its run."""
         self.model.net.load_state_dict(self.checkpoint.weights)
-        self._run(command, verbose=False, **kwargs)
+        self._run(verbose=False, **kwargs)
         if self.trainer.is_global_zero:
             metrics = {k: v.item() for k, v in self.trainer.callback_metrics.items()}
-            evaluation.write(self.checkpoint, self.datamodule, command, split, metrics)
+            evaluation.write(self.checkpoint, self.datamodule, self.subcommand, metrics)
+
+    validate = test
+
+
+def _several(value: object) -> list:
+    """One value or a list of them as a list; None and booleans are none."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if not isinstance(v, bool | None)]
 
 
 def main(args: list[str] | None = None) -> None:

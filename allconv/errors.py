@@ -52,6 +52,9 @@ def say(*lines: object) -> None:
 
 def end(code: int, message: object) -> NoReturn:
     """Print one line on the error stream and exit."""
+    if code > 128:  # a second Ctrl-C while the process ends changes nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say(" ".join(str(message).split()))
     sys.exit(code)
 
@@ -71,14 +74,11 @@ def command() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except UserError as error:
-        _ignore_signals(error.code)
         end(error.code, error)
     except KeyboardInterrupt:
-        _ignore_signals(130)
         end(130, "interrupted")
     except SystemExit as stop:
         if stop.code == 143:
-            _ignore_signals(143)
             end(143, "terminated")
         raise
     except (OSError, ValueError) as error:
@@ -96,16 +96,13 @@ def command() -> Iterator[None]:
         raise
 
 
-def _ignore_signals(code: int) -> None:
-    if code > 128:  # a second Ctrl-C while the process ends changes nothing
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class OneLineErrors:
     """Mixin for parsers: an error is one line that names the nearest valid key or class."""
 
     classes: tuple[str, ...] = ()  # that may be named by a value
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with 2."""
@@ -126,6 +123,3 @@ class OneLineErrors:
 
 class Parser(OneLineErrors, ArgumentParser):
     """Parser of the commands that need no Trainer."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact

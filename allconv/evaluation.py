@@ -9,16 +9,16 @@ from pathlib import Path
 from allconv.rundir import write_text
 
 
-def write(checkpoint, data, command: str, split: str, metrics: dict[str, float]) -> None:
+def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
     """Write and print the results of an evaluation.
 
     Args:
         checkpoint: the `allconv.checkpoints.Checkpoint` that was evaluated.
         data: the `allconv.CIFAR100` that it was evaluated on.
         command: "test" or "validate".
-        split: "test" or "val".
         metrics: the split's metrics.
     """
+    split = "test" if command == "test" else "val"
     title, n = data.dataset.TITLE, int(metrics[f"{split}/n"])
     result = {
         **{name: round(value, 7) for name, value in metrics.items()},

@@ -10,17 +10,12 @@ from torch import Tensor, nn
 
 
 def conv(c_in: int, c_out: int, kernel_size: int, stride: int, dropout: float) -> nn.Sequential:
-    """Convolution, batch norm and channel dropout; the ReLU follows after the shortcut.
-
-    Without dropout there is no dropout module; it has no weights, so no name changes.
-    """
-    layers = [
+    """Convolution, batch norm and channel dropout; the ReLU follows after the shortcut."""
+    return nn.Sequential(
         nn.Conv2d(c_in, c_out, kernel_size, stride, padding=kernel_size // 2),
         nn.BatchNorm2d(c_out),
-    ]
-    if dropout:
-        layers.append(nn.Dropout2d(dropout))
-    return nn.Sequential(*layers)
+        nn.Dropout2d(dropout),
+    )
 
 
 class AllCNN(nn.Module):
@@ -68,9 +63,7 @@ class AllCNN(nn.Module):
         self.conv8.append(nn.ReLU())
         self.conv9 = nn.Sequential(nn.Conv2d(4 * w, num_classes, 1))
         if rectify_logits:
-            if dropout:
-                self.conv9.append(nn.Dropout2d(dropout))
-            self.conv9.append(nn.ReLU())
+            self.conv9.extend([nn.Dropout2d(dropout), nn.ReLU()])
 
     def maps(self, x: Tensor) -> Tensor:
         """Class evidence maps: the mean of a map is its class's logit.
@@ -103,8 +96,7 @@ class AllCNN(nn.Module):
 
 def biases_before_norm(net: AllCNN) -> list[nn.Parameter]:
     """The convolution biases that the batch norm behind them cancels."""
-    pairs = [layer[:2] for layer in net.children() if len(layer) > 1]
-    return [conv.bias for conv, norm in pairs if isinstance(norm, nn.BatchNorm2d)]
+    return [layer[0].bias for layer in list(net.children())[:-1]]
 
 
 def dirac_(net: AllCNN) -> None:
@@ -112,7 +104,7 @@ def dirac_(net: AllCNN) -> None:
 
     Partial dirac initialization, from Jordan, "94% on CIFAR-10" (arXiv:2404.00498).
     """
-    for layer in (net.conv2, net.conv3, net.conv4, net.conv5, net.conv6, net.conv7):
+    for layer in list(net.children())[1:7]:
         weight = layer[0].weight
         nn.init.dirac_(weight.data[: weight.shape[1]])
 

@@ -6,8 +6,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bar
 
 from allconv.rundir import best_row
@@ -32,9 +33,10 @@ class Progress(Callback):
     def __init__(self, bar: bool):
         self.bar = None
         if bar:
-            wide = [BarColumn(20)] if Console().width >= 100 else []
-            text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-            self.bar = Bar(text[0], *wide, MofNCompleteColumn(), text[1], transient=True)
+            columns = ["{task.description}", MofNCompleteColumn(), "{task.fields[text]}"]
+            if Console().width >= 100:
+                columns.insert(1, BarColumn(20))
+            self.bar = Bar(*columns, transient=True)
         self.best, self.validated = 0.0, ""
 
     def _print(self, text: str) -> None:
@@ -43,13 +45,11 @@ class Progress(Callback):
         else:
             print(text, flush=True)
 
+    @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will run, and on what."""
-        if not trainer.is_global_zero:
-            self.bar = None
-            return
         self.start, self.first, self.loss = time.monotonic(), trainer.current_epoch, None
-        self.done = 0  # steps of this session
+        self.timed = self.done = 0  # batches since `start`, and of the whole session
         run, data = run_directory(trainer), trainer.datamodule
         if self.first and run and (best := best_row(run)):
             self.best = 100 * best["val/acc"]
@@ -68,24 +68,14 @@ class Progress(Callback):
             self.bar.start()
             self.task = self.bar.add_task("", text="")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the speed anew: a validation came in between."""
-        if trainer.is_global_zero:
-            self.warm, self.skipped = time.monotonic(), self.done
-
+    @rank_zero_only
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Move the bar; after the first 20 steps, estimate how long the run will take."""
-        if not trainer.is_global_zero:
-            return
-        self.done += 1
+        self.done, self.timed = self.done + 1, self.timed + 1
         batches, done = trainer.num_training_batches, batch_idx + 1
-        if self.done == 5:  # the first steps are slower
-            self.warm, self.skipped = time.monotonic(), 5
-        seconds = (time.monotonic() - self.warm) / max(1, self.done - self.skipped)  # a step
-        images = len(batch[1]) * trainer.world_size / seconds
+        images = len(batch[1]) * trainer.world_size / self._seconds()
         if self.done == min(20, batches) and not self.bar:
-            epochs = trainer.max_epochs - self.first
-            left = self._left(trainer, seconds)
+            epochs, left = trainer.max_epochs - self.first, self._left(trainer)
             self._print(f"about {left} for {epochs} epochs at {images:,.0f} images/s\n{HEAD}")
         if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # each look waits for the device
             loss = outputs["loss"].item()
@@ -96,26 +86,29 @@ class Progress(Callback):
                 completed=done,
                 total=batches,
                 text=f"loss {self.loss:.2f}{self.validated}  {images:,.0f}/s  "
-                f"{_duration((batches - done) * seconds)}/{self._left(trainer, seconds)}",
+                f"{_duration((batches - done) * self._seconds())}/{self._left(trainer)}",
             )
+        if self.done == 5:  # the first steps are slower
+            self.start, self.timed = time.monotonic(), 0
 
-    def _left(self, trainer: Trainer, seconds: float) -> str:
-        """Time left of the run, validation included once one was seen."""
-        epochs = trainer.current_epoch - self.first
-        if epochs:  # whole epochs are the better measure
-            seconds = (time.monotonic() - self.start) / self.done
-        steps = trainer.max_epochs * trainer.num_training_batches - trainer.global_step
+    def _seconds(self) -> float:
+        """Time that a batch took on average, with its share of the validations so far."""
+        return (time.monotonic() - self.start) / max(1, self.timed)
+
+    def _left(self, trainer: Trainer) -> str:
+        """Time left of the run."""
+        left = (trainer.max_epochs - self.first) * trainer.num_training_batches - self.done
         if trainer.max_steps >= 0:
-            steps = min(steps, trainer.max_steps - trainer.global_step)
-        return _duration(steps * trainer.accumulate_grad_batches * seconds)
+            steps = trainer.max_steps - trainer.global_step
+            left = min(left, steps * trainer.accumulate_grad_batches)
+        return _duration(left * self._seconds())
 
+    @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line for the epoch."""
-        if not trainer.is_global_zero or not trainer.is_last_batch:
+        if not trainer.is_last_batch:
             return
         metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
-        spent = time.monotonic() - self.start
-        left = _duration(spent / (done - self.first) * (trainer.max_epochs - done))
         columns = f"{'-':>8}  {'-':>11}  {'-':>8}"
         if "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0:
             loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
@@ -123,15 +116,17 @@ class Progress(Callback):
             columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
             self.validated = f"  val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
         self._print(
-            f"{done:5d}  {metrics['train/loss']:10.4f}  {columns}  {metrics['lr']:8.4g}  {left:>9}"
+            f"{done:5d}  {metrics['train/loss']:10.4f}  {columns}  {metrics['lr']:8.4g}  "
+            f"{self._left(trainer):>9}"
         )
 
+    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how it went, where everything is, and what to type next."""
         if self.bar:
             self.bar.stop()
         run = run_directory(trainer)
-        if not trainer.is_global_zero or not run:
+        if not run:
             return
         whole, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
         if not trainer.is_last_batch:
@@ -153,6 +148,7 @@ class Progress(Callback):
             self._print(f"next: python -m allconv test --ckpt_path {found[0]}")
         self._print(f"      tensorboard --logdir {run.parent}")
 
+    @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
         """Give the terminal back."""
         if self.bar:

@@ -6,6 +6,7 @@ Imports neither torch nor Lightning.
 import contextlib
 import csv
 import fcntl
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -74,13 +75,10 @@ def runs(logs: Path) -> list[Path]:
 def create(logs: Path) -> Path:
     """Make the next free run directory; two processes never get the same."""
     logs.mkdir(parents=True, exist_ok=True)
-    n = max(map(number, runs(logs)), default=-1) + 1
-    while True:
-        try:
+    for n in itertools.count(1 + max(map(number, runs(logs)), default=-1)):
+        with contextlib.suppress(FileExistsError):
             (logs / f"version_{n}").mkdir()
             return logs / f"version_{n}"
-        except FileExistsError:
-            n += 1
 
 
 @contextlib.contextmanager
@@ -158,8 +156,7 @@ def read_yaml(path: Path) -> dict[str, object]:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > 40 or isinstance(event, yaml.AliasEvent):
                 raise ValueError("nested too deeply, or with an alias")
-        _refuse_twice(yaml.compose(text))
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{path}: not YAML that can be read ({error})") from None
     if not isinstance(content, dict):
@@ -167,17 +164,14 @@ def read_yaml(path: Path) -> dict[str, object]:
     return content
 
 
-def _refuse_twice(node: yaml.Node | None) -> None:
-    """Refuse a mapping with a key that is there twice."""
-    if isinstance(node, yaml.MappingNode):
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
             raise ValueError(f"a key is there twice among {', '.join(keys)[:100]}")
-        for _, value in node.value:
-            _refuse_twice(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_twice(value)
+        return super().construct_mapping(node, deep)
 
 
 def read_config(run: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ def prepare() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_is_news)
+            handler.addFilter(lambda record: not NOISE.match(record.getMessage().lstrip()))
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     threading.excepthook = _thread_error
@@ -53,10 +53,6 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):  # musl has none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no giving back
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not NOISE.match(record.getMessage().lstrip())
 
 
 def _thread_error(thread) -> None:

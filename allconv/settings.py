@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -22,6 +23,8 @@ FREE = re.compile(
     r"(config|recipe|ckpt_path|init|data\.data_dir|trainer\.(max_steps|max_time|default_root_dir|"
     r"enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
 )
+# what is read before the arguments are parsed
+EARLY = ("-c", "--config", "--ckpt_path", "--init", "--trainer.default_root_dir")
 # code that a run's config.yaml may name
 TRUSTED = ("lightning.", "torch.", "allconv.")
 
@@ -31,44 +34,39 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
     classes = (*callbacks.__all__, *loggers.__all__)
 
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("prog", "allconv")
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
+
+def split(args: list[str]) -> list[str]:
+    """The arguments with `--key=value` as two, for the keys that are read before parsing."""
+    found = []
+    for arg in args:
+        key, *value = arg.split("=", 1)
+        found += [key, *value] if key in EARLY else [arg]
+    return found
 
 
-def config_files(args: list[str]) -> tuple[list[str], list[Path]]:
-    """The arguments with the names of recipes replaced by their files, and the --config files."""
-    args, files = list(args), []
-    for i, arg in enumerate(args):
-        key, equals, value = arg.partition("=")
-        if key not in ("-c", "--config"):
-            continue
-        place = i if equals else i + 1
-        name = value if equals else "".join(args[place : place + 1])
-        path = Path(name)
-        if not path.is_file():
-            path = RECIPES.get(name, path)
-        if not name or not path.is_file():
-            names = ", ".join(sorted(RECIPES))
-            raise UsageError(f"--config {name}: no such file; recipes: {names}")
-        args[place] = f"{key}={path}" if equals else str(path)
-        files.append(path)
-    return args, files
+def config_files(args: list[str]) -> list[Path]:
+    """The --config files; in `args`, names of recipes are replaced by their files."""
+    files = []
+    for i, (key, name) in enumerate(pairwise(args), 1):
+        if key in ("-c", "--config"):
+            path = Path(name) if Path(name).is_file() else RECIPES.get(name)
+            if path is None:
+                names = ", ".join(sorted(RECIPES))
+                raise UsageError(f"--config {name}: no such file; recipes: {names}")
+            args[i] = str(path)
+            files.append(path)
+    return files
 
 
 def given(key: str, args: list[str], contents: list[dict[str, object]]) -> str | None:
     """The last value of a flag, or of a key in the --config files."""
-    found = None
-    for content in contents:
-        value = content
+    values = []
+    for value in contents:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        found = found if value is None else str(value)
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name == f"--{key}":
-            found = value if equals else "".join(args[i + 1 : i + 2])
-    return found
+        values.append(value)
+    values += [value for name, value in pairwise(args) if name == f"--{key}"]
+    return next((str(value) for value in reversed(values) if value is not None), None)
 
 
 def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:

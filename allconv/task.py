@@ -75,28 +75,14 @@ class Classifier(LightningModule):
         **net,
     ):
         super().__init__()
-        for name, value, right, rule in (
-            ("lr", lr, lr > 0, "above 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("milestones", milestones, all(m > 0 for m in milestones), "of numbers above 0"),
-            ("gamma", gamma, gamma > 0, "above 0"),
-            ("warmup", warmup, warmup is None or 0 <= warmup < 1, "null, or from 0 to below 1"),
-            ("muon_lr", muon_lr, muon_lr >= 0, "at least 0"),
-            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "from 0 to below 1"),
-        ):
-            if not right:
-                raise ValueError(f"model.{name} is {value}: it must be {rule}")
-        if nesterov and not momentum:
-            raise ValueError("model.nesterov is true: model.momentum must be above 0 then")
         self.save_hyperparameters(logger=False)
+        self._check()
         self.net = AllCNN(**net).to(memory_format=torch.channels_last)
         if dirac:
             dirac_(self.net)
         if not decay_norms:  # here, not with the optimizer: DDP must not wait for their gradients
             for bias in biases_before_norm(self.net):
                 bias.requires_grad_(False)
-        num_classes = self.net.num_classes
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
         self.initialized = False  # whether the weights are trained ones
         self.teacher: distill.Teacher | None = None
@@ -104,16 +90,33 @@ class Classifier(LightningModule):
         # "disable": a loss that is not a number has to show as one. torchmetrics 1.9 then takes
         # every weight for 1, so the losses go in image by image
         self.train_loss = MeanMetric(nan_strategy="disable")
-        options = {"num_classes": num_classes, "average": "micro", "validate_args": False}
+        classes = self.net.num_classes
+        options = {"num_classes": classes, "average": "micro", "validate_args": False}
         self.metrics = nn.ModuleDict(
             {
                 "loss": MeanMetric(nan_strategy="disable"),
                 "acc": MulticlassAccuracy(**options),
-                "top5": MulticlassAccuracy(top_k=min(5, num_classes), **options),
+                "top5": MulticlassAccuracy(top_k=min(5, classes), **options),
                 "n": SumMetric(nan_strategy="disable"),
             }
         )
         self.acc_flip = MulticlassAccuracy(**options)
+
+    def _check(self) -> None:
+        """Refuse arguments that are out of their range."""
+        h = self.hparams
+        for name, right, rule in (
+            ("lr", h.lr > 0, "above 0"),
+            ("momentum", 0 <= h.momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", h.weight_decay >= 0, "at least 0"),
+            ("milestones", all(m > 0 for m in h.milestones), "a list of numbers above 0"),
+            ("gamma", h.gamma > 0, "above 0"),
+            ("warmup", h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
+            ("muon_lr", h.muon_lr >= 0, "at least 0"),
+            ("label_smoothing", 0 <= h.label_smoothing < 1, "from 0 to below 1"),
+        ):
+            if not right:
+                raise ValueError(f"model.{name} is {h[name]}: it must be {rule}")
 
     def setup(self, stage: str) -> None:
         """Load the teacher, and initialize new weights; a checkpoint is loaded after this.
@@ -159,12 +162,8 @@ class Classifier(LightningModule):
         and a resumed run would keep the old rate for one epoch more.
         """
         h = self.hparams
-        options = {"lr": h.lr, "momentum": h.momentum, "nesterov": h.nesterov}
-        groups = parameter_groups(self.net, h)
-        if h.muon_lr:
-            optimizer = MuonSGD(groups, **options)
-        else:
-            optimizer = torch.optim.SGD(groups, **options, fused=True)
+        groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True
+        optimizer = MuonSGD(groups, h.lr, h.momentum, nesterov=h.nesterov, fused=fused)
         self.trainer.fit_loop.setup_data()  # the number of batches is not known before
         batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         steps = math.ceil(batches)  # an epoch's last batch always ends a step
