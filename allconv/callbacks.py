@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from allconv import plots
-from allconv.errors import UserError
+from allconv.errors import UsageError, UserError
 from allconv.loggers import Table
 from allconv.progress import Progress, run_directory
 from allconv.rundir import read_metrics, write_whole
@@ -191,6 +191,29 @@ class Predictions(Callback):
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)
             board.add_figure("confusion", confusion, step)
+
+
+def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
+    """Refuse callbacks of Lightning's that would do something else than they say.
+
+    Raises:
+        UsageError: they do not go with the settings.
+    """
+    kinds = {type(callback).__name__ for callback in trainer.callbacks}
+    if resumed and kinds & {"LearningRateFinder", "BatchSizeFinder"}:
+        raise UsageError("a finder starts from the first epoch: leave it out of a resumed run")
+    if "LearningRateFinder" in kinds and (task.hparams.muon_lr or task.hparams.warmup is not None):
+        raise UsageError(
+            "LearningRateFinder finds one constant learning rate: it needs --model.muon_lr 0 and "
+            "--model.warmup null"
+        )
+    if "OnExceptionCheckpoint" in kinds:
+        raise UsageError(
+            "OnExceptionCheckpoint: Lightning would start a new run from the file of an older one; "
+            "last.ckpt, of the last whole epoch, is always kept"
+        )
+    if "ModelPruning" in kinds:  # torch's pruning cannot flatten weights that are channels last
+        task.net.to(memory_format=torch.contiguous_format)
 
 
 def of_fit(given: Namespace, own: list[Callback], bar: bool) -> list[Callback]:

@@ -211,8 +211,8 @@ def _load_exported(path: Path) -> Checkpoint:
 
 
 def _data(settings: object) -> dict[str, object]:
-    """Of the data module's arguments, those that tell which images a network was trained on."""
-    kinds = {"data_dir": str, "demo": bool, "val_size": int, "split_seed": int}
+    """Of the data module's arguments, those that tell on what a network was trained."""
+    kinds = {"data_dir": str, "demo": bool, "val_size": int, "split_seed": int, "batch_size": int}
     settings = settings if isinstance(settings, dict) else {}
     return {k: settings[k] for k, kind in kinds.items() if isinstance(settings.get(k), kind)}
 

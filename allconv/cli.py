@@ -158,6 +158,7 @@ class CLI(LightningCLI):
                     )
             self.model.net.load_state_dict(initial.weights)
         self.model.initialized = bool(self.checkpoint or config.init)
+        callbacks.check(trainer, self.model, resumed=bool(self.checkpoint))
         done, epochs = self.checkpoint and self.checkpoint.epoch, trainer.max_epochs
         if done and 0 <= epochs <= done:
             raise UsageError(f"{done} epochs are done; for more, --trainer.max_epochs above {done}")

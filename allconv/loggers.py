@@ -4,6 +4,7 @@ import csv
 import io
 from pathlib import Path
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -80,9 +81,13 @@ class SaveConfig(SaveConfigCallback):
         """The configuration as a file and as text, and both losses on one chart."""
         path = run_directory(trainer) / "config.yaml"
         text = self.parser.dump(self.config, skip_none=False)
+        # a torch.device, for one: what jsonargparse puts before its text
+        text = text.replace("Unable to serialize instance ", "")
         if not path.is_file() or path.read_text("utf-8") != text:
             write_text(path, text)
         board = trainer.loggers[0].experiment
+        for logger in trainer.loggers[2:]:  # the user's
+            logger.log_hyperparams(yaml.safe_load(text))
         board.add_text("configuration", "\n".join("    " + line for line in text.splitlines()))
         chart = ["Multiline", ["train/loss", "val/loss"]]
         board.add_custom_scalars({"loss": {"training and validation": chart}})

@@ -135,6 +135,9 @@ class Progress(Callback):
                 f"stopped in epoch {whole + 1} at step {trainer.global_step}: last.ckpt is of "
                 f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
             )
+        for callback in trainer.early_stopping_callbacks:
+            if callback.stopping_reason_message and not callback.verbose:
+                self._print(f"stopped early: {callback.stopping_reason_message}")
         if best := best_row(run):
             self._print(
                 f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.TITLE}: "

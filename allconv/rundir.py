@@ -18,7 +18,7 @@ import yaml
 from allconv.errors import UserError
 
 LOGS = "lightning_logs"
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "configs"  # the recipes
 CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
 # keys of a config.yaml that name places on one machine
 PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}

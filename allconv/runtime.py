@@ -18,6 +18,7 @@ WARNINGS = (
     "Checkpoint directory .* exists",  # of a run that is resumed
     "`ModelCheckpoint.* could not find the monitored key",  # no validation, no best
     "Precision .* is not supported by the model summary",  # only its size in MB is affected
+    r"\s*Unable to serialize instance",  # its text is what config.yaml gets
     "The dirpath has changed",  # evaluating from another folder than the run was started in
     ".*LeafSpec",  # between Lightning and torch
     "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint

@@ -82,8 +82,12 @@ def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
     trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
     for key in ("max_steps", "max_time"):  # what ended the run does not end it again
         trainer.pop(key, None)
+    own = trainer.get("callbacks")
+    if isinstance(own, list):  # a finder has found: its value is in the checkpoint
+        trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
     model = {k: v for k, v in {**model, **checkpoint.hparams}.items() if k not in REMOVED}
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
+    data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
     return {k: v for k, v in settings.items() if k not in ("ckpt_path", "init")}
 

@@ -29,7 +29,7 @@ def test_safetensors_hold_the_weights_and_what_they_are(run, capsys):
     main(["validate"])
     main(["export", "--out", "net.safetensors"])
     said = capsys.readouterr().out
-    assert "next: python -m allconv test --ckpt_path net.safetensors --data.demo true" in said
+    assert "next: python -m allconv test --ckpt_path net.safetensors\n" in said
     saved = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     weights = load_file("net.safetensors")
     assert {f"net.{name}" for name in weights} == {
@@ -64,7 +64,7 @@ def test_the_same_net_gives_the_same_bytes(run):
 
 def test_an_exported_net_is_tested_like_its_checkpoint(run):
     main(["export", "--out", "net.safetensors"])
-    main(["test", "--ckpt_path", "net.safetensors", "--data.demo", "true"])
+    main(["test", "--ckpt_path", "net.safetensors"])
     found, expected = (json.loads(Path(p).read_text()) for p in ("test.json", run / "test.json"))
     assert found["test/acc"] == expected["test/acc"]
 

@@ -61,6 +61,23 @@ def test_a_run_is_called_by_its_config_files_also_when_resumed(own_folder, capsy
     assert [row["recipe"] for row in listed(capsys)["runs"]] == ["demo+residual", "mine"]
 
 
+def test_what_a_run_changed_against_its_recipe_is_listed(own_folder, capsys):
+    few = "--trainer.limit_train_batches 3 --trainer.limit_val_batches 2 --model.width 4".split()
+    main(["fit", "--config", "demo", "--config", "every_epoch", "--trainer.max_epochs", "1", *few])
+    main([*TINY, *few, "--trainer.max_epochs", "1", "--model.decay_norms", "false"])
+    layered, alone = (row["changes"] for row in listed(capsys)["runs"])
+    few = "limit_train_batches 3, limit_val_batches 2"
+    assert set(layered.split(", ")) == {"width 4", "max_epochs 1", *few.split(", ")}
+    expected = {"width 4", "decay_norms False", "demo True", "max_epochs 1", *few.split(", ")}
+    assert set(alone.split(", ")) == expected
+
+
+def test_the_reference_run_is_listed(capsys):
+    (row,) = [r for r in listed(capsys, "--logs", f"{REPO}/lightning_logs")["runs"]
+              if r["number"] == "reference"]  # fmt: skip
+    assert (row["epochs"], row["test/acc"], row["problem"]) == (40, 0.7414, None)
+
+
 def test_seeds_are_summed_up(run, capsys):
     copied(run, 1, 44, test=False)
     copied(run, 2, 44)  # the newest run of a seed counts
@@ -92,7 +109,7 @@ def test_sorting_and_plain_text_in_a_pipe(run, capsys):
     main(["runs"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == (
-        "number recipe data width epochs val/acc best_epoch test/acc seed when".split()
+        "number recipe data width epochs val/acc best_epoch test/acc seed when changes".split()
     )
     assert [line.split()[0] for line in lines[1:5]] == ["0", "9", "10", "11"]
     assert "long" * 50 in lines[2]

@@ -89,9 +89,8 @@ def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str
     import safetensors.torch
 
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    flag = " --data.demo true" if metadata["demo"] else ""
     content = safetensors.torch.save(weights, {"allconv": json.dumps(metadata)})
-    return content, f"next: python -m allconv test --ckpt_path {{}}{flag}"
+    return content, "next: python -m allconv test --ckpt_path {}"
 
 
 def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:

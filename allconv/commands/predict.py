@@ -1,9 +1,4 @@
-"""`python -m allconv predict IMAGE...`: classify your own images and show the class evidence.
-
-The net sees the centre square in 32 x 32 pixels and answers with one of its classes whatever it is
-shown. A top class below 35 % is marked as uncertain: it is wrong more often than right. Unreadable
-files are listed and skipped; the exit code is then 1.
-"""
+"""`python -m allconv predict IMAGE...`: classify your own images and show the class evidence."""
 
 from __future__ import annotations
 
@@ -19,6 +14,12 @@ from pathlib import Path
 
 from allconv.errors import Parser, UsageError, printable, say
 
+DESCRIPTION = (
+    "Classify your own images, and show the class evidence. The network sees the centre square in "
+    "32 x 32 pixels, and always answers with one of its classes. A top class below 35 % is marked "
+    "as uncertain: it is wrong more often than right. Unreadable files are listed and skipped; the "
+    "exit code is then 1."
+)
 BATCH = 64
 SHEET = 12  # images that are still legible on one sheet
 # Of the 5,000 validation images the packaged net (74.8 % right) gives 983 top classes less than
@@ -158,7 +159,7 @@ WRITERS = {"table": write_table, "json": write_json, "csv": write_csv}
 
 def main(args: list[str]) -> None:
     """Run the command; exits with 1 if a file was skipped."""
-    parser = Parser(prog="allconv predict", description=__doc__)
+    parser = Parser(prog="allconv predict", description=DESCRIPTION)
     parser.add_argument("IMAGE", nargs="+", help="files, folders, or - for standard input")
     parser.add_argument("--ckpt_path", help="pretrained (where packaged), best, last or a file")
     parser.add_argument("--format", choices=[*WRITERS], default="table", help="of the output")

@@ -1,6 +1,7 @@
 """`python -m allconv runs`: what was trained with what result, and how far seeds differ."""
 
 import json
+import re
 import sys
 from collections import defaultdict
 from datetime import datetime
@@ -14,7 +15,13 @@ from allconv.errors import Parser, UserError, printable
 
 Row = dict[str, object]
 
-COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when problem"
+COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when changes problem"
+# what is neither 0, false nor empty by default, and not in notebook.yaml
+DEFAULTS = {"decay_norms": True, "split_seed": 43, "num_classes": 100, "max_steps": -1}
+DEFAULTS |= dict.fromkeys(("accelerator", "devices", "strategy"), "auto")
+DEFAULTS |= dict.fromkeys(("inference_mode", "enable_autolog_hparams", "num_nodes"), 1)
+DEFAULTS |= dict.fromkeys(("check_val_every_n_epoch", "accumulate_grad_batches"), 1)
+SAME = ("recipe", "data", "width", "epochs", "max_epochs", "changes")
 
 
 def describe(run: Path) -> tuple[Row, dict[str, object]]:
@@ -37,7 +44,7 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     start = min((int(path.name.split(".")[3]) for path in events), default=None)
     test = evaluation.read(run, "test", "best.ckpt", epoch)
     row = {
-        "number": rundir.number(run),
+        "number": run.name if rundir.number(run) < 0 else rundir.number(run),
         "recipe": config.get("recipe"),
         "data": ("drawn" if data.get("demo") else "CIFAR-100") if data else None,
         "width": model.get("width"),
@@ -48,10 +55,27 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
         "test/acc": _fraction(test.get("test/acc")),
         "seed": config.get("seed_everything"),
         "when": start and datetime.fromtimestamp(start).astimezone().isoformat(),
+        "changes": ", ".join(_changes(config)) or None,
         "problem": "; ".join(problems) or None,
     }
     # a damaged configuration may hold anything
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in row.items()}, config
+
+
+def _changes(config: dict[str, object]) -> list[str]:
+    """The settings that are not those of the run's recipe; without a recipe, not the defaults."""
+    names = ["notebook", *str(config.get("recipe")).split("+")]
+    layers = [p for name in names for p in rundir.CONFIGS.glob("*.yaml") if p.stem == name]
+    before = DEFAULTS | {k: v for path in layers for k, v in _flat(rundir.read_yaml(path)).items()}
+    now = {k: v for k, v in _flat(config).items() if v != before.get(k, None if v else v)}
+    return [f"{k} {v}".replace("'", "") for k, v in now.items()]
+
+
+def _flat(config: dict[str, object]) -> dict[str, object]:
+    groups = [config.get(name) for name in ("model", "data", "trainer")]
+    found = [pair for group in groups if isinstance(group, dict) for pair in group.items()]
+    name = re.compile(r"'class_path': '(?:\w+\.)*(\w+)'")  # of a callback or a logger
+    return {str(k).rstrip("+"): name.findall(str(v)) or v for k, v in found}
 
 
 def _fraction(value: object) -> float | None:
@@ -67,7 +91,7 @@ def sum_up(runs: list[tuple[Row, dict[str, object]]]) -> list[Row]:
             groups[yaml.safe_dump([row["epochs"], config])][row["seed"]] = row
     found = []
     for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
-        same = {key: group[-1][key] for key in ("recipe", "data", "width", "epochs", "max_epochs")}
+        same = {key: group[-1][key] for key in SAME}
         lists = {key: [row[key] for row in group] for key in ("number", "seed")}
         found.append({**same, **lists, **{k: _spread(group, k) for k in ("val/acc", "test/acc")}})
     return found
@@ -111,9 +135,10 @@ def main(args: list[str]) -> None:
     parser.add_argument("--logs", default=rundir.LOGS, help="Folder of the runs.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args(args)
-    runs = [describe(run) for run in rundir.runs(Path(given.logs))]
+    logs = Path(given.logs)
+    runs = [describe(run) for run in (*logs.glob("reference"), *rundir.runs(logs))]
     if not runs:
-        raise UserError(f"no runs in {Path(given.logs).absolute()}; make one: allconv fit")
+        raise UserError(f"no runs in {logs.absolute()}; make one: allconv fit")
     groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
     # what is unknown first, then text, then numbers
     rows.sort(key=lambda row: (row[key] is not None, not isinstance(row[key], str), row[key]))

@@ -1,0 +1,194 @@
+"""Lightning's callbacks and loggers by name: each does what it says, or one line says why not.
+
+EMAWeightAveraging is in test_metrics.py, LearningRateMonitor in test_edges.py.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import LAST, RUN, assert_same_checkpoint
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter
+
+from allconv.__main__ import main
+from allconv.rundir import read_metrics, read_rows
+
+# what Lightning has to say about its own callbacks
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch"),
+    pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define"),
+    pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist"),
+]
+
+FIT = (
+    "fit --data.demo true --model.width 4 --data.sizes [[1,8]] --trainer.max_epochs 2 "
+    "--trainer.limit_train_batches 5 --trainer.limit_val_batches 1 "
+    "--trainer.enable_model_summary false"
+).split()
+ADD = "--trainer.callbacks+="
+KEY = "--trainer.callbacks."
+
+
+def flags(name, **settings):
+    """The flags that add a callback."""
+    return [ADD + name, *(f"{KEY}{key}={value}" for key, value in settings.items())]
+
+
+class Thaw(BaseFinetuning):
+    """Trains the first convolution from the second epoch on."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net.conv1)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        Path(f"conv1_{epoch}").write_text(str(pl_module.net.conv1[0].weight.tolist()))
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.conv1, optimizer)
+
+
+class Writer(BasePredictionWriter):
+    """Called by `trainer.predict` alone."""
+
+
+def count(batch):
+    return len(batch[1])
+
+
+def hello(trainer, pl_module):
+    print("hello from", type(pl_module).__name__)
+
+
+# several in one run, with what is printed
+TOGETHER = {
+    "looking on": [
+        (flags("LambdaCallback", on_fit_start="test_callbacks.hello"), "hello from Classifier"),
+        (flags("SpikeDetection", warmup=2), ""),
+        (flags("test_callbacks.Writer", write_interval="epoch"), ""),
+        (flags("ModelCheckpoint", filename="mine{epoch}", save_top_k=-1), ""),
+        (flags("ThroughputMonitor", batch_size_fn="test_callbacks.count"), ""),
+        (flags("Timer", interval="epoch", duration="00:01:00:00"), ""),
+        (flags("RichModelSummary"), "Total FLOPs"),
+        (flags("RichProgressBar"), "Epoch 1/1"),
+    ],
+    "changing the run": [
+        (flags("WeightAveraging"), ""),
+        (flags("EarlyStopping", monitor="val/acc", stopping_threshold=-1, mode="max"),
+         "stopped early: Stopping threshold reached: val/acc"),
+        (flags("ModelSummary", max_depth=1), "Total Flops"),
+        (flags("TQDMProgressBar"), "Epoch 0:"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_callbacks_do_what_they_say(name, own_folder, capfd, caplog):
+    every = [flag for added, _ in TOGETHER[name] for flag in added]
+    main([*FIT, *every, "--trainer.log_every_n_steps", "2"])
+    said = "".join(capfd.readouterr()) + caplog.text
+    for _, words in TOGETHER[name]:
+        assert words in said
+    if name == "looking on":
+        assert (LAST.parent / "mineepoch=1.ckpt").is_file()
+        assert "128" in [row.get("train/samples") for row in read_rows(RUN)]
+    assert len(read_metrics(RUN)) == (2 if name == "looking on" else 1)
+
+
+def test_the_schedule_counts_the_steps_of_changing_accumulation(own_folder):
+    schedule = flags("GradientAccumulationScheduler", scheduling="{0: 5, 1: 2}")
+    fit = [*FIT, "--trainer.limit_val_batches", "0", *schedule]
+    main([*fit, "--model.milestones", "[1]"])
+    assert [(row["step"], row["lr"]) for row in read_metrics(RUN)] == [(0, 0.1), (3, 0.05)]
+    main([*fit, "--model.warmup", "0"])  # 1 + 3 steps
+    found = [row["lr"] for row in read_metrics(RUN.with_name("version_1"))]
+    assert found == pytest.approx([0.1, 0.025])
+
+
+def test_pruned_weights_are_tested_and_resumed(own_folder):
+    main([*FIT, *flags("ModelPruning", pruning_fn="l1_unstructured", amount=0.5)])
+    main(["test"])
+    # half of what was left in each of two epochs
+    weights = torch.load(LAST, weights_only=True)["state_dict"]
+    weights = torch.cat([v.flatten() for k, v in weights.items() if k.endswith("0.weight")])
+    assert (weights == 0).double().mean() > 0.5
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert len(read_metrics(RUN)) == 3
+
+
+def test_a_layer_is_thawed(own_folder):
+    main([*FIT, "--trainer.limit_val_batches", "0", *flags("test_callbacks.Thaw")])
+    first, second = (Path(f"conv1_{epoch}").read_text() for epoch in (0, 1))
+    assert first == second
+    trained = torch.load(LAST, weights_only=True)["state_dict"]["net.conv1.0.weight"]
+    assert str(trained.tolist()) != second
+
+
+def test_loggers_of_ones_own_get_what_ours_get(own_folder):
+    """Weights and Biases, and MLflow were tried by hand."""
+    loggers = "--trainer.logger CSVLogger --trainer.logger.save_dir csv --trainer.max_epochs 1"
+    main([*FIT, *loggers.split()])
+    (table,) = Path("csv").rglob("metrics.csv")
+    assert {"train/loss", "val/acc", "lr"} <= {*table.read_text().splitlines()[0].split(",")}
+    assert yaml.safe_load(table.with_name("hparams.yaml").read_text())["model"]["width"] == 4
+
+
+REFUSED = [
+    ("Timer", [], "--trainer.max_time"),  # its default is no text
+    ("BackboneFinetuning", [], "no attribute 'backbone'"),
+    ("ThroughputMonitor", [], "batch_size_fn"),
+    ("LearningRateFinder", ["--config", "demo"], "needs --model.muon_lr 0"),
+    ("EarlyStopping", [KEY + "monitor=val/accuracy"], "val/accuracy"),
+    ("OnExceptionCheckpoint", [KEY + "dirpath=."], "last.ckpt"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "words"), REFUSED, ids=[name for name, *_ in REFUSED])
+def test_one_line_says_why_a_callback_cannot_work(name, more, words, own_folder, capfd):
+    with pytest.raises(SystemExit) as end:
+        main([*FIT, ADD + name, *more])
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert words in line
+    assert len(line) < 250
+    assert end.value.code == 2
+
+
+def test_device_stats_need_psutil(own_folder, capfd):
+    arguments = [*FIT, *flags("DeviceStatsMonitor"), "--trainer.log_every_n_steps", "2"]
+    if importlib.util.find_spec("psutil"):
+        main(arguments)
+        assert any("cpu_percent" in key for row in read_rows(RUN) for key in row)
+    else:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "psutil" in capfd.readouterr().err.splitlines()[-1]
+
+
+# with the epochs of the run that is stopped, and what is printed
+STATEFUL = {
+    "StochasticWeightAveraging": ({"swa_lrs": 0.05, "swa_epoch_start": 1}, 3, "for `SWALR`"),
+    "GradientAccumulationScheduler": ({"scheduling": "{1: 2}"}, 1, ""),
+    "LearningRateFinder": ({"num_training_steps": 40}, 3, "Learning rate set to"),
+    "BatchSizeFinder": ({"max_trials": 2}, 1, "run using batch size 4"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_run_with_a_callback_is_resumed_exactly(name, own_folder, monkeypatch, refused, caplog):
+    settings, epochs, words = STATEFUL[name]
+    fit = [*FIT, "--trainer.limit_val_batches", "0", *flags(name, **settings)]
+    main([*fit, "--trainer.max_epochs", "3"])
+    assert words in caplog.text
+    whole = RUN.absolute()
+    Path("stopped").mkdir()
+    monkeypatch.chdir("stopped")
+    # steps stop a run whose end is one of the callback's settings
+    steps = "-1" if epochs == 1 else "8"
+    main([*fit, "--trainer.max_epochs", str(epochs), "--trainer.max_steps", steps])
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert (RUN / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert_same_checkpoint(LAST, whole / "checkpoints/last.ckpt")
+    if name.endswith("Finder"):  # it would start again from the first epoch
+        again = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", ADD + name]
+        assert "leave it out" in refused(*again, code=2)
