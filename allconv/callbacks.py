@@ -207,6 +207,11 @@ def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
             "LearningRateFinder finds one constant learning rate: it needs --model.muon_lr 0 and "
             "--model.warmup null"
         )
+    if "GradientAccumulationScheduler" in kinds:
+        raise UsageError(
+            "GradientAccumulationScheduler changes the number of steps, which the learning rate "
+            "depends on; use --trainer.accumulate_grad_batches"
+        )
     if "OnExceptionCheckpoint" in kinds:
         raise UsageError(
             "OnExceptionCheckpoint: Lightning would start a new run from the file of an older one; "

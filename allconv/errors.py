@@ -55,7 +55,11 @@ def end(code: int, message: object) -> NoReturn:
     if code > 128:  # a second Ctrl-C while the process ends changes nothing
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    say(" ".join(str(message).split()))
+    line = " ".join(str(message).split())
+    # jsonargparse lists every type that was tried: what the class that was named said
+    if failed := re.match("Does not validate.* Errors: - (.*?) - (Not a v|Expected )", line):
+        line = failed[1]
+    say(line)
     sys.exit(code)
 
 
@@ -108,11 +112,6 @@ class OneLineErrors:
         """Print the line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         line, names = " ".join(message.split()), []
-        # of what jsonargparse says of each possible type, what the class that was named said
-        if failed := re.match("Does not validate.* Errors: - (.*?) - (Not a valid|Expected) ", line):
-            line = failed[1]
-        if "<Interval.step" in line:  # a default that cannot be written into config.yaml
-            line = "Timer: add --trainer.callbacks.interval epoch; or use --trainer.max_time"
         if re.search("nrecognized|not expected|not accept", line):
             names = {key for a in parser._actions for key in (a.dest, *a.option_strings)}
             words = re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line)

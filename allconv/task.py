@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
@@ -166,22 +165,15 @@ class Classifier(LightningModule):
         groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True
         optimizer = MuonSGD(groups, h.lr, h.momentum, nesterov=h.nesterov, fused=fused)
         self.trainer.fit_loop.setup_data()  # the number of batches is not known before
-        batches = self.trainer.num_training_batches
-        own = [c for c in self.trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
-
-        def steps(epochs: int) -> int:  # an epoch's last batch always ends a step
-            if not own:
-                return epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
-            each = own[0].get_accumulate_grad_batches
-            return sum(math.ceil(batches / each(epoch)) for epoch in range(epochs))
-
+        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        steps = math.ceil(batches)  # an epoch's last batch always ends a step
         if h.warmup is None:
-            milestones = [steps(epoch) for epoch in h.milestones]
+            milestones = [epoch * steps for epoch in h.milestones]
             schedule = MultiStepLR(optimizer, milestones, h.gamma)
         elif self.trainer.max_epochs < 0:
             raise ValueError("model.warmup is a share of trainer.max_epochs: give a number")
         else:
-            total = steps(self.trainer.max_epochs)
+            total = steps * self.trainer.max_epochs
             schedule = LambdaLR(optimizer, partial(triangle, total=total, warmup=h.warmup))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -95,16 +95,6 @@ def test_callbacks_do_what_they_say(name, own_folder, capfd, caplog):
     assert len(read_metrics(RUN)) == (2 if name == "looking on" else 1)
 
 
-def test_the_schedule_counts_the_steps_of_changing_accumulation(own_folder):
-    schedule = flags("GradientAccumulationScheduler", scheduling="{0: 5, 1: 2}")
-    fit = [*FIT, "--trainer.limit_val_batches", "0", *schedule]
-    main([*fit, "--model.milestones", "[1]"])
-    assert [(row["step"], row["lr"]) for row in read_metrics(RUN)] == [(0, 0.1), (3, 0.05)]
-    main([*fit, "--model.warmup", "0"])  # 1 + 3 steps
-    found = [row["lr"] for row in read_metrics(RUN.with_name("version_1"))]
-    assert found == pytest.approx([0.1, 0.025])
-
-
 def test_pruned_weights_are_tested_and_resumed(own_folder):
     main([*FIT, *flags("ModelPruning", pruning_fn="l1_unstructured", amount=0.5)])
     main(["test"])
@@ -134,10 +124,11 @@ def test_loggers_of_ones_own_get_what_ours_get(own_folder):
 
 
 REFUSED = [
-    ("Timer", [], "--trainer.max_time"),  # its default is no text
+    ("Timer", [], "Interval.step"),  # its default is no text
     ("BackboneFinetuning", [], "no attribute 'backbone'"),
     ("ThroughputMonitor", [], "batch_size_fn"),
     ("LearningRateFinder", ["--config", "demo"], "needs --model.muon_lr 0"),
+    ("GradientAccumulationScheduler", [KEY + "scheduling={1: 2}"], "accumulate_grad_batches"),
     ("EarlyStopping", [KEY + "monitor=val/accuracy"], "val/accuracy"),
     ("OnExceptionCheckpoint", [KEY + "dirpath=."], "last.ckpt"),
 ]
@@ -167,7 +158,6 @@ def test_device_stats_need_psutil(own_folder, capfd):
 # with the epochs of the run that is stopped, and what is printed
 STATEFUL = {
     "StochasticWeightAveraging": ({"swa_lrs": 0.05, "swa_epoch_start": 1}, 3, "for `SWALR`"),
-    "GradientAccumulationScheduler": ({"scheduling": "{1: 2}"}, 1, ""),
     "LearningRateFinder": ({"num_training_steps": 40}, 3, "Learning rate set to"),
     "BatchSizeFinder": ({"max_trials": 2}, 1, "run using batch size 4"),
 }
