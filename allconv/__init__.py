@@ -28,7 +28,7 @@ def load(name: str = "pretrained"):
             the newest run in ./lightning_logs), a checkpoint file or a run directory.
 
     Returns:
-        `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, 100), with
+        `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, classes), with
         `classes`, the class names in the order of the logits, and `preprocess`, which makes an
         image file, a Pillow image, an array or a tensor (3, 32, 32), see
         `allconv.images.preprocess`.

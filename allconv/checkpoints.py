@@ -1,7 +1,4 @@
-"""Checkpoint files: found, read, checked; nothing in them is executed.
-
-Lightning's, those of `export`, and bare state dicts. Sizes follow from the weights alone.
-"""
+"""Lightning's checkpoints, exported files, bare weights: found, checked; nothing is executed."""
 
 import inspect
 import json
@@ -16,28 +13,22 @@ from torch import Tensor
 
 from allconv import cifar100, demo
 from allconv.errors import UserError
+from allconv.folder import ImageFolder, title
 from allconv.model import AllCNN
-from allconv.rundir import LOGS, read_config, runs
+from allconv.rundir import LOGS, read_config, read_metrics, runs
 
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
 # what Lightning needs to resume, beside the weights
 RESUMABLE = {
-    "hyper_parameters": dict,
-    "epoch": int,
-    "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
+    **dict.fromkeys(("hyper_parameters", "loops", "callbacks"), dict),
+    **dict.fromkeys(("epoch", "global_step"), int),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
     "pytorch-lightning_version": str,
 }
 # of the network's arguments, those that its weights do not tell, with their defaults
-ARGUMENTS = {
-    name: p.default
-    for name, p in inspect.signature(AllCNN).parameters.items()
-    if name not in ("width", "num_classes")
-}
-NET = {*ARGUMENTS, "width", "num_classes"}
+ARGUMENTS = {name: p.default for name, p in inspect.signature(AllCNN).parameters.items()}
+NET = {*ARGUMENTS}
+del ARGUMENTS["width"], ARGUMENTS["num_classes"]
 
 
 class CheckpointError(UserError):
@@ -54,7 +45,7 @@ class Checkpoint:
         weights: the network's state dict.
         epoch: whole epochs trained; None if the file does not say.
         step: optimizer steps taken.
-        data: arguments of the data module that it was trained with, if known.
+        data: arguments of the data module that it was trained with, if known; and its `state_dict`.
         metadata: of an exported file, what it says of itself (see `allconv.commands.export`).
         resumable: whether training can go on from it.
     """
@@ -89,8 +80,10 @@ class Checkpoint:
         return read_config(self.run) if self.run else self.metadata.get("recipe", {})
 
     @property
-    def dataset(self) -> ModuleType:
-        """The data set it was trained on: `allconv.cifar100` or `allconv.demo`."""
+    def dataset(self) -> ModuleType | ImageFolder:
+        """The data set it was trained on: `allconv.cifar100`, `allconv.demo`, or a folder's."""
+        if "folder" in self.data:
+            return ImageFolder(title(self.data["folder"]), tuple(self.data["classes"]))
         return demo if self.data.get("demo") else cifar100
 
     def net(self) -> AllCNN:
@@ -105,8 +98,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
     """The file that `--ckpt_path` means.
 
     Args:
-        name: "best" or "last" (of the newest run that has it), "pretrained", a file, or a run
-            directory (its best.ckpt).
+        name: "best" or "last" (of the newest run), "pretrained", a file, or a run directory.
         logs: folder of the runs.
         key: the argument, for the message.
 
@@ -126,6 +118,9 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
             return path
+        # an older run is not meant
+        if (last := path.with_name("last.ckpt")).is_file() and read_metrics(run):
+            raise CheckpointError(f"{key} is {name}: {run} was not validated; name {last}")
     raise CheckpointError(
         f"{key} is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
         "train one (python -m allconv fit) or name a file instead"
@@ -154,7 +149,6 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
 def _load_torch(path: Path) -> Checkpoint:
     """A Lightning checkpoint of ours, or a bare state dict."""
     content = _read_archive(path)
-    content = content if isinstance(content, dict) else {}
     state = content.get("state_dict", content)
     prefix = "net." if "state_dict" in content else ""
     weights = {
@@ -173,12 +167,12 @@ def _load_torch(path: Path) -> Checkpoint:
             checkpoint.epoch = int(progress["processed"])
         except (LookupError, TypeError, ValueError, OverflowError, RuntimeError):  # any shape
             raise CheckpointError(f"{path}: does not say how long it was trained") from None
-        checkpoint.data = _data(content.get("datamodule_hyper_parameters"))
+        checkpoint.data = _data(*map(content.get, ("datamodule_hyper_parameters", "CIFAR100")))
     return checkpoint
 
 
-def _read_archive(path: Path) -> object:
-    """What torch.save wrote: tensors and plain Python values only."""
+def _read_archive(path: Path) -> dict:
+    """The dict that torch.save wrote, of tensors and plain Python values only; {} if no dict."""
     try:
         with zipfile.ZipFile(path) as archive:
             # torch stores and does not compress: what unpacks to more is no checkpoint
@@ -186,7 +180,8 @@ def _read_archive(path: Path) -> object:
                 raise ValueError("compressed")
             if damaged := archive.testzip():  # torch.load checks no checksum
                 raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if isinstance(content, dict) else {}
     except Exception as error:  # a damaged or hostile pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
@@ -205,16 +200,16 @@ def _load_exported(path: Path) -> Checkpoint:
     for key, kind in (("epoch", int), ("recipe", dict)):
         if not isinstance(metadata.get(key, kind()), kind):
             raise CheckpointError(f"{path}: {key} in its metadata is no {kind.__name__}")
-    recipe, epoch = metadata.get("recipe", {}).get("data"), metadata.get("epoch")
-    data = {**_data(recipe), **_data(metadata)}
+    data, epoch = _data(metadata.get("recipe", {}).get("data"), metadata), metadata.get("epoch")
     return Checkpoint(path, metadata["hparams"], weights, epoch, data=data, metadata=metadata)
 
 
-def _data(settings: object) -> dict[str, object]:
-    """Of the data module's arguments, those that tell on what a network was trained."""
+def _data(*parts: object) -> dict[str, object]:
+    """Of the data module's arguments and state, those that tell on what a network was trained."""
     kinds = {"data_dir": str, "demo": bool, "val_size": int, "split_seed": int, "batch_size": int}
-    settings = settings if isinstance(settings, dict) else {}
-    return {k: settings[k] for k, kind in kinds.items() if isinstance(settings.get(k), kind)}
+    kinds |= {"folder": str, "digest": str, "classes": list}
+    found = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
+    return {k: found[k] for k, kind in kinds.items() if isinstance(found.get(k), kind)}
 
 
 def _check_weights(checkpoint: Checkpoint) -> None:
@@ -231,6 +226,10 @@ def _check_weights(checkpoint: Checkpoint) -> None:
         if not isinstance(value, type(default)) and (type(value), type(default)) != (int, float):
             raise CheckpointError(f"{path}: {name} is {value!r}, not a {type(default).__name__}")
     hparams |= {"width": len(first), "num_classes": len(last)}
+    names = checkpoint.data.get("classes", [])
+    text = {name for name in names if isinstance(name, str) and name.isprintable()}
+    if {"classes", "folder"} & {*checkpoint.data} and not len(text) == len(names) == len(last):
+        raise CheckpointError(f"{path}: does not name its {len(last)} classes")
     try:
         with torch.device("meta"):
             net = AllCNN(**{name: hparams[name] for name in NET})

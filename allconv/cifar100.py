@@ -102,7 +102,7 @@ def load_file(
         path = Path(data_dir, drawn.FOLDER, f"{file}.bin")
         records = read_binary(_bytes(path), path)
         val_size = min(val_size, len(records) // 500 * 100)
-        if file == "train" and not val_size:
+        if file == "train" and len(records) < 500:
             raise DataError(f"{path}: under 500 images; delete it, and it is drawn again")
     else:
         records = _read(Path(data_dir), file)
@@ -237,10 +237,10 @@ def split_indices(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndar
     """
     classes, counts = np.unique(labels, return_counts=True)
     each, rest = divmod(val_size, len(classes))
-    if rest or not 0 < each < counts.min():
+    if rest or not 0 <= each < counts.min():
         raise DataError(
             f"data.val_size is {val_size}: it must be a multiple of {len(classes)} from "
-            f"{len(classes)} to {len(classes) * (counts.min() - 1)}"
+            f"0 to {len(classes) * (counts.min() - 1)}"
         )
     # RandomState: its stream is frozen (NEP 19), so the split is the same with every numpy
     rng = np.random.RandomState(seed)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from allconv import callbacks, checkpoints, evaluation, rundir, runtime, settings
+from allconv import callbacks, checkpoints, evaluation, folder, rundir, runtime, settings
 from allconv.data import CIFAR100
 from allconv.errors import StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
@@ -94,6 +94,9 @@ class CLI(LightningCLI):
         self.config = parser.parse_args([command, *rest])
         config = self.config[command]
         settings.check(config, self.checkpoint, resumed=self.checkpoint and command == "fit")
+        told = self.checkpoint or settings.given("model.num_classes", rest, contents)
+        if config.data.folder is not None and not told:
+            config.model.num_classes = len(folder.describe(config.data.folder).CLASSES)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
         config.ckpt_path = None  # of this call, not of the run
         if config.seed_everything is True:  # random, written down, and the same in all processes
@@ -109,10 +112,12 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException, ImportError) as error:
             raise UsageError(error) from None
-        found, classes = self.model.net.num_classes, len(self.datamodule.dataset.CLASSES)
-        if found != classes:
-            title = self.datamodule.dataset.TITLE
-            raise UsageError(f"model.num_classes is {found}, but {title} has {classes} classes")
+        found, data = self.model.net.num_classes, self.datamodule.dataset
+        if found != (n := len(data.CLASSES)):
+            raise UsageError(f"model.num_classes is {found}, but {data.TITLE} has {n} classes")
+        names = self.checkpoint and self.checkpoint.data.get("classes")
+        if names and (other := {*data.CLASSES} - {*names}):
+            raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.TITLE}")
 
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""
@@ -150,13 +155,17 @@ class CLI(LightningCLI):
             initial = checkpoints.load(
                 checkpoints.find(config.init, self._logs(config.trainer.default_root_dir), "init")
             )
-            for key in ("width", "num_classes"):
-                found, wanted = initial.hparams[key], getattr(self.model.net, key)
-                if found != wanted:
-                    raise checkpoints.CheckpointError(
-                        f"{initial.path}: made with model.{key} {found}, but it is {wanted} here"
-                    )
-            self.model.net.load_state_dict(initial.weights)
+            net, path, weights = self.model.net, initial.path, initial.weights
+            width, there = initial.hparams["width"], initial.hparams["num_classes"]
+            if width != net.width:
+                what = f"model.width {width}, but it is {net.width} here"
+                raise checkpoints.CheckpointError(f"{path}: made with {what}")
+            if there != net.num_classes:  # the last layer stays new
+                weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
+                counts = f"{there} classes there, {net.num_classes} here"
+                if trainer.is_global_zero:
+                    print(f"from {path}: all weights but the last layer's ({counts})", flush=True)
+            net.load_state_dict(weights)
         self.model.initialized = bool(self.checkpoint or config.init)
         callbacks.check(trainer, self.model, resumed=bool(self.checkpoint))
         done, epochs = self.checkpoint and self.checkpoint.epoch, trainer.max_epochs

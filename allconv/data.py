@@ -1,4 +1,4 @@
-"""The LightningDataModule: CIFAR-100's split, its batches, and where augmentation happens.
+"""The LightningDataModule: splits, batches, and where augmentation happens.
 
 The images are one uint8 tensor. A batch is one indexing operation; it crosses to the device as
 uint8, and is augmented and normalized there.
@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import CutMix
 
 from allconv import augment, cifar100
 from allconv import demo as demo_set
+from allconv import folder as folder_set
 from allconv.cifar100 import MEAN, STD
 
 
@@ -41,13 +42,13 @@ class Images(Dataset):
 
 
 class CIFAR100(LightningDataModule):
-    """CIFAR-100, its split and its loaders.
+    """CIFAR-100 or images of one's own, the split and the loaders.
 
     Args:
         data_dir: folder with the data set in any official form; downloaded there if it has none.
         batch_size: images in a training batch of one process.
         val_size: training images held out for validation, the same number of each class; of the
-            demo set a fifth at most.
+            demo set and of a folder a fifth at most. 0: none, and no epoch is validated.
         split_seed: seed of that split alone; the same number gives the same split everywhere.
         crop: shift each training image by up to this many pixels, see `allconv.augment.crop`.
         flip: flip half of the training images each epoch, the other half in the next.
@@ -57,6 +58,8 @@ class CIFAR100(LightningDataModule):
         cutmix: share of the training batches to which CutMix is applied: each image gets a box of
             another one, and its label the share of the area (Yun et al., arXiv:1905.04899).
         demo: use a small synthetic data set instead: no download, and no real results.
+        folder: use images of your own instead, one subfolder per class: FOLDER/train/CLASS/IMAGE,
+            FOLDER/test for `test`, and optionally FOLDER/val instead of val_size training images.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -75,43 +78,75 @@ class CIFAR100(LightningDataModule):
         sizes: tuple[tuple[float, int], ...] = (),
         cutmix: float = 0.0,
         demo: bool = False,
+        folder: str | None = None,
     ):
         super().__init__()
         sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
-        val_right = val_size % 100 == 0 and 0 < val_size < 50_000
+        val_right = 0 <= val_size < 50_000 and (val_size % 100 == 0 or folder is not None)
+        steps = "" if folder is not None else "a multiple of 100 "
         for name, value, right, rule in (
             ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("val_size", val_size, val_right, "a multiple of 100 from 100 to 49900"),
+            ("val_size", val_size, val_right, f"{steps}from 0 to 49900"),
             ("split_seed", split_seed, 0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
             ("crop", crop, 0 <= crop < 32, "from 0 to 31"),
             ("sizes", sizes, sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
             ("cutmix", cutmix, 0 <= cutmix <= 1, "from 0 to 1"),
+            ("folder", folder, not (demo and folder), "null when data.demo is true"),
         ):
             if not right:
                 raise ValueError(f"data.{name} is {value}: it must be {rule}")
         self.save_hyperparameters(logger=False)
         self.dataset = demo_set if demo else cifar100
+        if folder is not None:
+            self.dataset = folder_set.describe(folder)
+        self.digest: str | None = None  # of a folder's training and validation images
         self.mix = CutMix(num_classes=len(self.dataset.CLASSES))
         self.sets: dict[str, Images] = {}  # train, val, test
 
     def prepare_data(self) -> None:
         """Download or draw what is missing; Lightning calls this in one process only."""
-        cifar100.prepare(self.hparams.data_dir, self.hparams.demo)
+        if self.hparams.folder is None:
+            cifar100.prepare(self.hparams.data_dir, self.hparams.demo)
 
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs: test and predict the test file, the others the training file.
 
         Raises:
-            DataError: a file is missing or damaged.
+            DataError: a file is missing or damaged, or there are no images to validate on.
         """
-        file = "test" if stage in ("test", "predict") else "train"
-        if file in self.sets:
+        file, h = "test" if stage in ("test", "predict") else "train", self.hparams
+        if file not in self.sets:
+            if h.sizes and self.trainer and self.trainer.max_epochs < 0:
+                raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
+            split = h.val_size, h.split_seed
+            if h.folder is None:
+                splits = cifar100.load_file(file, h.data_dir, *split, h.demo)
+            else:
+                splits = folder_set.load_file(file, h.folder, self.dataset.CLASSES, *split)
+                self.digest = self.digest if file == "test" else folder_set.digest(splits)
+            self.sets |= {split: Images(*tensors) for split, tensors in splits.items()}
+        if file == "test" or len(self.sets["val"]):
             return
-        h = self.hparams
-        if h.sizes and self.trainer and self.trainer.max_epochs < 0:
-            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
-        splits = cifar100.load_file(file, h.data_dir, h.val_size, h.split_seed, h.demo)
-        self.sets |= {split: Images(*tensors) for split, tensors in splits.items()}
+        if stage == "validate":
+            raise cifar100.DataError("data.val_size is 0: there are no validation images")
+        if self.trainer:
+            self.trainer.limit_val_batches = 0  # Lightning would warn of an empty loader
+
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint says of the images beside the hyperparameters."""
+        return {"classes": list(self.dataset.CLASSES), "digest": self.digest}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Refuse to go on with other images.
+
+        Raises:
+            DataError: the images in the folder have changed.
+        """
+        if state.get("digest") != self.digest:
+            raise cifar100.DataError(
+                f"the images in {self.hparams.folder} are not those that the run was trained with: "
+                "start a new run with --init"
+            )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; the order depends on the seed and the epoch alone."""
@@ -124,11 +159,11 @@ class CIFAR100(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The held-out images in order."""
-        self.setup("validate")
+        self.setup("fit")
         return self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        """The 10,000 test images in order."""
+        """The test images in order."""
         self.setup("test")
         return self._loader("test", self.eval_batch_size)
 

@@ -40,15 +40,23 @@ class Teacher:
 
     Args:
         name: as --ckpt_path takes it.
-        settings: the data module's arguments; the teacher must hold out the same images.
+        data: the `allconv.CIFAR100`; the teacher must hold out the same images, if any are.
 
     Raises:
         UserError: it was trained on other images, so it may have seen the validation images.
     """
 
-    def __init__(self, name: str, settings: dict[str, object]):
+    def __init__(self, name: str, data):
         checkpoint = checkpoints.load(checkpoints.find(name, key="model.teacher"))
-        for key in ("demo", "val_size", "split_seed"):
+        settings, validated = data.hparams, len(data.sets["val"]) > 0
+        same = checkpoint.data.get("digest") == data.digest or not validated
+        if checkpoint.dataset != data.dataset or not same:
+            raise UserError(
+                f"model.teacher is {name}: it was trained on other images "
+                f"({checkpoint.dataset.TITLE}) than these ({data.dataset.TITLE})"
+            )
+        # without validation images there is nothing that a teacher should not have seen
+        for key in ("demo", "val_size", "split_seed") if validated else ("demo",):
             known = checkpoint.data.get(key, "unknown")
             if known != settings[key]:
                 raise UserError(

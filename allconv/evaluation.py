@@ -28,7 +28,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         "epoch": checkpoint.epoch,
         "val_size": data.hparams.val_size,
         "split_seed": data.hparams.split_seed,
-        "remark": _remark(checkpoint.data, data, split, n),
+        "remark": _remark(checkpoint, data, split, n),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
@@ -46,12 +46,13 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
     print(f"written: {path}, {command}.png, {command}_confusion.png")
 
 
-def _remark(trained: dict[str, object], data, split: str, n: int) -> str | None:
+def _remark(checkpoint, data, split: str, n: int) -> str | None:
     """What a reader of an evaluation has to know."""
-    now, whole = data.hparams, len(data.sets[split])
-    if trained.get("demo", now.demo) != now.demo:
+    now, whole, trained = data.hparams, len(data.sets[split]), checkpoint.data
+    if trained and checkpoint.dataset != data.dataset:
         return "trained on another data set than it is evaluated on"
-    keys = ("val_size", "split_seed")
+    now = {**now, "digest": data.digest or trained.get("digest")}
+    keys = ("val_size", "split_seed", "digest")
     if split == "val" and any(trained.get(key, now[key]) != now[key] for key in keys):
         return "another split than in training: the network has seen some of these images"
     return f"{n:,} of {whole:,} images" if n < whole else None

@@ -5,12 +5,14 @@ Blue and vermilion are from Okabe and Ito (https://jfly.uni-koeln.de/color/), fo
 
 import math
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+matplotlib.rcParams["text.parse_math"] = False  # a class name may hold a $
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
 
 
@@ -143,11 +145,12 @@ def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[st
     image = axes.imshow(shares.numpy(), cmap="cividis", interpolation="nearest", norm=norm)
     sizes = torch.tensor([len(members) for members in groups.values()])
     ends = sizes.cumsum(0)
-    centres = (ends - sizes / 2 - 0.5).tolist()
-    labels = [readable(name) for name in groups]
+    every = math.ceil(len(groups) / 100)  # more names would not be legible
+    centres = (ends - sizes / 2 - 0.5).tolist()[::every]
+    labels = [readable(name) for name in groups][::every]
     axes.set_xticks(centres, labels, rotation=90, fontsize=8)
     axes.set_yticks(centres, labels, fontsize=8)
-    for edge in ends[:-1].tolist():
+    for edge in ends[:-1].tolist() if len(groups) < len(names) else ():
         axes.axhline(edge - 0.5, color="white", lw=0.3)
         axes.axvline(edge - 0.5, color="white", lw=0.3)
     axes.set(xlabel="predicted", ylabel="true", title=title)

@@ -190,4 +190,4 @@ def _portable(value: object) -> object:
     if not isinstance(value, dict):
         return value
     kept = {k: _portable(v) for k, v in value.items() if v is not None and k not in PLACES}
-    return {k: Path(str(v)).name if k == "init" else v for k, v in kept.items()}
+    return {k: Path(str(v)).name if k in ("init", "folder") else v for k, v in kept.items()}

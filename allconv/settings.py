@@ -17,11 +17,12 @@ RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "c
 REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
 # of a task's arguments, those that do not change what its weights compute
 NEUTRAL = {"compile", "flip_test"}
-SPLIT = {"demo", "val_size", "split_seed"}  # data settings that decide which images are held out
+# data settings that decide which images are held out
+SPLIT = {"demo", "folder", "val_size", "split_seed"}
 # settings that may differ when a run is resumed, without a word
 FREE = re.compile(
-    r"(config|recipe|ckpt_path|init|data\.data_dir|trainer\.(max_steps|max_time|default_root_dir|"
-    r"enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
+    r"(config|recipe|ckpt_path|init|data\.(data_dir|folder)|trainer\.(max_steps|max_time|"
+    r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
 )
 # what is read before the arguments are parsed
 EARLY = ("-c", "--config", "--ckpt_path", "--init", "--trainer.default_root_dir")

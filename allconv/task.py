@@ -130,7 +130,7 @@ class Classifier(LightningModule):
         if (h.whiten or h.teacher) and "train" not in getattr(data, "sets", {}):
             raise ValueError("model.whiten and model.teacher need the CIFAR100 data module")
         if h.teacher:
-            self.teacher = distill.Teacher(h.teacher, data.hparams)
+            self.teacher = distill.Teacher(h.teacher, data)
         if h.whiten and not self.initialized:
             whiten_(self.net, normalize(data.sets["train"].images[::10], MEAN, STD))
         self.initialized = True

@@ -86,6 +86,15 @@ def test_resuming_is_exact_and_the_teacher_is_known_by_its_content(run, refused)
     main(["test"])  # needs no teacher
 
 
+def test_without_validation_images_any_split_of_the_teacher_will_do(run, refused):
+    teacher = ["--model.teacher", str(run / "checkpoints/best.ckpt")]
+    main([*TINY, *teacher, "--data.val_size", "0"])
+    last = "lightning_logs/version_1/checkpoints/last.ckpt"
+    assert f"name {last}" in refused("test", code=1)  # not the older run's best
+    assert "val_size is 0, not 5000" in refused(*TINY, "--model.teacher", last, code=1)
+    main(["test", "--ckpt_path", last])
+
+
 @pytest.mark.parametrize("flag", ["--data.split_seed 7", "--data.val_size 300"])
 def test_a_teacher_of_another_split_is_refused(flag, run, refused):
     teacher = ["--model.teacher", str(run / "checkpoints/best.ckpt")]

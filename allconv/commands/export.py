@@ -53,12 +53,15 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     Results are those that the run's files hold for this very checkpoint; others are left out.
     """
     from allconv.cifar100 import MEAN, STD
+    from allconv.folder import title
     from allconv.model import AllCNN
 
+    data = checkpoint.data
     if checkpoint.metadata:
         return checkpoint.metadata
-    if not checkpoint.data:
+    if not data:
         raise UserError(f"{checkpoint.path}: does not say on what it was trained; a run's does")
+    own = "folder" in data
     rows = rundir.read_metrics(checkpoint.run) if checkpoint.run else []
     # written by training when it saved this checkpoint
     row = next((r for r in rows if "val/acc" in r and r["step"] == checkpoint.step - 1), {})
@@ -71,7 +74,8 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
         "std": STD,
         "epoch": checkpoint.epoch,
         "recipe": checkpoint.config,
-        **{key: checkpoint.data.get(key) for key in ("demo", "val_size", "split_seed")},
+        **{key: data.get(key) for key in ("demo", "val_size", "split_seed")},
+        **({"folder": title(data["folder"]), "digest": data.get("digest")} if own else {}),
         "val": _results(row or evaluation.read(checkpoint.folder, "validate", *of), "val"),
         "test": _results(evaluation.read(checkpoint.folder, "test", *of), "test"),
         "version": version("allconv"),
@@ -89,8 +93,9 @@ def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str
     import safetensors.torch
 
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    flag = " --data.folder DIR" if "folder" in metadata else ""
     content = safetensors.torch.save(weights, {"allconv": json.dumps(metadata)})
-    return content, "next: python -m allconv test --ckpt_path {}"
+    return content, f"next: python -m allconv test --ckpt_path {{}}{flag}"
 
 
 def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
@@ -122,7 +127,8 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces with the folders of this machine
     program.model.doc_string = "AllCNN: RGB images (B, 3, 32, 32) uint8 to logits (B, classes)"
-    texts = {"classes": ",".join(metadata["classes"]), "allconv": json.dumps(metadata)}
+    names = (name.replace(",", ";") for name in metadata["classes"])
+    texts = {"classes": ",".join(names), "allconv": json.dumps(metadata)}
     program.model.metadata_props.update(texts)
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

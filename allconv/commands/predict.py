@@ -27,13 +27,16 @@ SHEET = 12  # images that are still legible on one sheet
 LOW = 0.35
 
 
-def predict(names: list[str], ckpt_path: str | None, format: str, out: str | None, top: int) -> int:
+def predict(
+    names: list[str], ckpt_path: str | None, format: str, out: str | None, top: int | None
+) -> int:
     """Print the answers in `format` and draw the sheet; returns how many files were skipped."""
     from allconv import checkpoints
 
     default = "pretrained" if checkpoints.PRETRAINED.is_file() else "best"
     checkpoint = checkpoints.load(checkpoints.find(default if ckpt_path is None else ckpt_path))
     classes, files = checkpoint.dataset.CLASSES, _files(names)
+    top = min(5, len(classes)) if top is None else top
     if not 1 <= top <= len(classes):
         raise UsageError(f"top is {top}: it must be from 1 to {len(classes)}")
     if out is not None:
@@ -164,7 +167,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--ckpt_path", help="pretrained (where packaged), best, last or a file")
     parser.add_argument("--format", choices=[*WRITERS], default="table", help="of the output")
     parser.add_argument("--out", help="PNG file for a sheet of the first 12 images")
-    parser.add_argument("--top", type=int, default=5, help="number of classes named for an image")
+    parser.add_argument("--top", type=int, help="number of classes named for an image (default: 5)")
     settings = parser.parse_args(args).as_dict()
     if predict(settings.pop("IMAGE"), **settings):
         sys.exit(1)

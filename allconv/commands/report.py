@@ -53,7 +53,7 @@ def check(checkpoints: list["Checkpoint"], out: str | None) -> Path:
     """
     first, last = checkpoints[0], checkpoints[-1]
     data = first.dataset
-    if data is not last.dataset:
+    if data.CLASSES != last.dataset.CLASSES:
         raise UserError(f"A and B know different classes: {data.TITLE} and {last.dataset.TITLE}")
     for c in checkpoints:
         found, expected = c.hparams["num_classes"], len(data.CLASSES)

@@ -46,9 +46,12 @@ def share_axes(figures: list[Figure]) -> None:
 
 
 def by_class(evaluations: list[Evaluation], title: str) -> Figure:
-    """Accuracy of each class as a dot, mean of each superclass as a bar, the best one on top."""
+    """Accuracy of each class as a dot, mean of each superclass as a bar, the best one on top.
+
+    At most 30 superclasses (of a folder: classes), the worst.
+    """
     axes, data = _axes(title), evaluations[0].checkpoint.dataset
-    order = evaluations[0].by_class[members(data)].nanmean(1).nan_to_num().argsort()
+    order = evaluations[0].by_class[members(data)].nanmean(1).nan_to_num().argsort()[:30]
     y, names = torch.arange(len(order)), list(data.SUPERCLASSES)
     shifts = (0.17, -0.17) if len(evaluations) > 1 else (0,)
     for e, shift, color, mark in zip(evaluations, shifts, (BLUE, VERMILION), "os", strict=False):
@@ -155,8 +158,9 @@ def draw(evaluations: list[Evaluation], metrics: list[list[dict]], title: str) -
             f"Only {e.key} is right": cards(surest(e, only[e.key], 10), a, *b) for e in evaluations
         }
     else:
-        scaled = (a.logits / a.temperature).softmax(1).amax(1)
-        lines = {"as is": lines["A"], f"temperature {a.temperature:.2f}": (scaled, a.right)}
+        if a.temperature:
+            scaled = (a.logits / a.temperature).softmax(1).amax(1)
+            lines = {"as is": lines["A"], f"temperature {a.temperature:.2f}": (scaled, a.right)}
         shown["pairs"] = pairs(a)
         shown["confusion"] = _svg(confusion(a.matrix, data.CLASSES, data.SUPERCLASSES, title))
         shown["galleries"] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from allconv import cifar100, runtime
+from allconv import cifar100, folder, runtime
 from allconv.augment import normalize
 from allconv.checkpoints import Checkpoint
 from allconv.errors import UserError
@@ -33,7 +33,7 @@ class Evaluation:
     images: Tensor  # (N, 3, 32, 32) uint8
     labels: Tensor  # (N,)
     logits: Tensor  # (N, classes)
-    temperature: float  # fitted to the validation images
+    temperature: float | None  # fitted to the validation images, if there are any
 
     def __post_init__(self):
         self.confidence, self.predicted = self.logits.softmax(1).max(1)  # (N,)
@@ -47,20 +47,30 @@ class Evaluation:
 
 
 def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -> list[dict]:
-    """For each checkpoint, (images, labels) of its validation split and of `split`, by split.
+    """For each checkpoint, (images, labels) of its validation split, if any, and of `split`.
 
     Raises:
-        UserError: those of `split` are not the same for both.
+        UserError: those of `split` are not the same for both, or there are none.
     """
-    known = [c.data["data_dir"] for c in checkpoints if "data_dir" in c.data]
+    own, demo = "folder" in checkpoints[0].data, checkpoints[0].data.get("demo", False)
+    key = "folder" if own else "data_dir"
+    known = [c.data[key] for c in checkpoints if key in c.data]
     data_dir = data_dir or [*known, "data"][0]
-    cifar100.prepare(data_dir, checkpoints[0].data.get("demo", False))
-    load = cache(partial(cifar100.load, data_dir=data_dir))  # what both need is read once
+    if own:
+        classes = checkpoints[0].dataset.CLASSES
+        load = cache(partial(folder.load_file, folder=data_dir, classes=classes))
+    else:
+        cifar100.prepare(data_dir, demo)
+        load = cache(partial(cifar100.load_file, data_dir=data_dir, demo=demo))
     sets = [{} for _ in checkpoints]
     for part in dict.fromkeys(("val", split)):
-        keys = {"demo"} if part == "test" else {"demo", "val_size", "split_seed"}
+        file, keys = ("test", ()) if part == "test" else ("train", ("val_size", "split_seed"))
         for found, c in zip(sets, checkpoints, strict=True):
-            found[part] = load(part, **{k: v for k, v in c.data.items() if k in keys})
+            images, labels = load(file, **{k: v for k, v in c.data.items() if k in keys})[part]
+            if len(labels):
+                found[part] = images, labels
+    if any(split not in found for found in sets):
+        raise UserError("there are no validation images: data.val_size was 0")
     if not torch.equal(sets[0][split][0], sets[-1][split][0]):
         raise UserError("A and B hold out different validation images (val_size, split_seed)")
     return sets
@@ -76,7 +86,7 @@ def evidence(net: AllCNN, images: Tensor) -> Tensor:
 def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evaluation:
     """Run the net once over each set of images; the last is the one that is reported."""
     runtime.keep_memory()
-    net = checkpoint.net().to("cuda" if torch.cuda.is_available() else "cpu")
+    net, temperature = checkpoint.net().to("cuda" if torch.cuda.is_available() else "cpu"), None
     for split, (images, labels) in sets.items():
         title = f"{key}: {len(images):,} {split} images"
         batches = track(images.split(BATCH), title, console=Console(stderr=True))
@@ -88,7 +98,7 @@ def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evalua
     return Evaluation(key, checkpoint, net, images, labels, logits, temperature)
 
 
-def members(data: ModuleType) -> Tensor:
+def members(data: ModuleType | folder.ImageFolder) -> Tensor:
     """Class numbers (superclasses, classes in each)."""
     return torch.tensor([[data.CLASSES.index(c) for c in g] for g in data.SUPERCLASSES.values()])
 
@@ -102,22 +112,26 @@ def results(e: Evaluation) -> dict[str, str]:
     """A net's column of the table of results, by what was measured."""
     own = members(e.checkpoint.dataset)
     inside = sum(e.matrix[classes][:, classes].sum().item() for classes in own)
-    top5 = (e.logits.topk(5).indices == e.labels[:, None]).any(1).double().mean().item()
+    best = e.logits.topk(min(5, e.logits.shape[1])).indices
+    top5 = (best == e.labels[:, None]).any(1).double().mean().item()
     loss, ece = calibration(e.logits, e.labels)
-    scaled_loss, scaled_ece = calibration(e.logits / e.temperature, e.labels)
-    return {
+    found = {
         "accuracy (top 1)": percent(e.acc),
         "95 % interval": f"{100 * e.interval[0]:.2f} to {percent(e.interval[1])}",
         "top-5 accuracy": percent(top5),
         "superclass accuracy": percent(inside / len(e.labels)),
         "cross-entropy (nats)": f"{loss:.4f}",
         "ECE": percent(ece),
-        "temperature": f"{e.temperature:.4f}",
-        "cross-entropy, calibrated": f"{scaled_loss:.4f}",
-        "ECE, calibrated": percent(scaled_ece),
         "parameters": f"{sum(p.numel() for p in e.net.parameters()):,}",
         "epochs trained": str(e.checkpoint.epoch or "unknown"),
     }
+    if len(own) == len(e.checkpoint.dataset.CLASSES):  # a folder has no superclasses
+        del found["superclass accuracy"]
+    if e.temperature:
+        loss, ece = calibration(e.logits / e.temperature, e.labels)
+        found |= {"temperature": f"{e.temperature:.4f}", "ECE, calibrated": percent(ece)}
+        found["cross-entropy, calibrated"] = f"{loss:.4f}"
+    return found
 
 
 def classes(evaluations: list[Evaluation]) -> list[tuple]:
@@ -127,7 +141,8 @@ def classes(evaluations: list[Evaluation]) -> list[tuple]:
         for name in names:
             shares = [e.by_class[data.CLASSES.index(name)].item() for e in evaluations]
             rank = -abs(shares[0] - shares[1]) if shares[1:] else shares[0]
-            columns = readable(name), readable(group), *(percent(x, 0) for x in shares)
+            names_shown = dict.fromkeys((readable(name), readable(group)))  # one without a group
+            columns = *names_shown, *(percent(x, 0) for x in shares)
             if not math.isnan(rank):
                 found.append((rank, *columns))
     return [row[1:] for row in sorted(found)]

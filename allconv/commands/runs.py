@@ -43,10 +43,11 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     events = run.glob(f"events.out.tfevents.{10 * '[0-9]'}.*")
     start = min((int(path.name.split(".")[3]) for path in events), default=None)
     test = evaluation.read(run, "test", "best.ckpt", epoch)
+    known = "drawn" if data.get("demo") else "CIFAR-100"
     row = {
         "number": run.name if rundir.number(run) < 0 else rundir.number(run),
         "recipe": config.get("recipe"),
-        "data": ("drawn" if data.get("demo") else "CIFAR-100") if data else None,
+        "data": (data.get("folder") or known) if data else None,
         "width": model.get("width"),
         "epochs": max((row["epoch"] + 1 for row in metrics), default=None),
         "max_epochs": trainer.get("max_epochs"),
