@@ -93,6 +93,10 @@ def test_shown_command_is_parsed(command, run, monkeypatch, capsys):
     if args[0].startswith("-") or args == ["COMMAND", "--help"]:
         return  # of the program itself
     assert args[0] in COMMANDS
+    if "DIR" in args:
+        for name in ("cat", "dog"):
+            (run / "own/train" / name).mkdir(parents=True)
+        args[args.index("DIR")] = str(run / "own")
     if "FILE" in args:
         args[args.index("FILE")] = str(run / "checkpoints/last.ckpt")
     args = [str(REPO / a) if a.startswith("configs/") else a for a in args]
