@@ -158,7 +158,7 @@ def test_evaluations_are_of_the_whole_split(command, split, eval_batch_size, run
     main([command])
     found = written(run, command)
     for name, value in evaluate(run / "checkpoints/best.ckpt", split).items():
-        assert found[f"{split}/{name}"] == pytest.approx(value, abs=1e-6)
+        assert found[f"{split}/{name}"] == pytest.approx(value, abs=1e-5)
 
 
 def test_training_logs_what_validate_finds(run):
