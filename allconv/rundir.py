@@ -184,6 +184,17 @@ def read_config(run: Path) -> dict[str, object]:
     return _portable(read_yaml(path)) if path.exists() else {}
 
 
+def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """A configuration with one dotted key per setting."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def _portable(value: object) -> object:
     if isinstance(value, list):
         return [_portable(v) for v in value]

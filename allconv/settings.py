@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from allconv.checkpoints import Checkpoint, CheckpointError
 from allconv.errors import OneLineErrors, UsageError, UserError, say
-from allconv.rundir import CONFIGS, read_yaml
+from allconv.rundir import CONFIGS, flat, read_yaml
 
 RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
 REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
@@ -107,16 +107,6 @@ def _trusted(value: object, named: str) -> object:
     return {k: _trusted(v, named) for k, v in value.items()}
 
 
-def _flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> None:
     """Refuse settings that cannot work, before anything is made.
 
@@ -169,7 +159,7 @@ def changes(before: dict[str, object], config: Namespace) -> list[str]:
         UserError: the data are not those that the run was trained with.
     """
     plain = json.loads(json.dumps(config.as_dict(), default=str))  # as a file has it
-    before, now = _flat(before), _flat(plain)
+    before, now = flat(before), flat(plain)
     changed = {k for k in before if now.get(k) != before[k] and not FREE.match(k)}
     for key in sorted({f"data.{key}" for key in SPLIT} & changed):
         raise UserError(

@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from allconv.errors import Parser, UsageError, UserError, printable
-from allconv.rundir import read_metrics, write_text
+from allconv.rundir import flat, read_metrics, write_text
 
 if TYPE_CHECKING:
     from allconv.checkpoints import Checkpoint
-
-
-def flat(value: object, key: str = "") -> dict[str, object]:
-    """A configuration with one dotted key a setting."""
-    if not isinstance(value, dict):
-        return {key[1:]: value}
-    return {k: v for name in value for k, v in flat(value[name], f"{key}.{name}").items()}
 
 
 def settings(configs: list[dict[str, object]]) -> list[tuple]:
