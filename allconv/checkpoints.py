@@ -158,7 +158,7 @@ def _load_torch(path: Path) -> Checkpoint:
     }
     checkpoint = Checkpoint(path, {}, weights)
     if all(isinstance(content.get(key), kind) for key, kind in RESUMABLE.items()):
-        checkpoint.resumable = True
+        checkpoint.resumable = bool(content["optimizer_states"])
         saved = content["hyper_parameters"].items()
         checkpoint.hparams = {str(k): v for k, v in saved if not str(k).startswith("_")}
         checkpoint.step = content["global_step"]

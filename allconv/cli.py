@@ -1,6 +1,7 @@
 """LightningCLI for fit, validate and test: the one place where the parts meet."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from allconv import callbacks, checkpoints, evaluation, folder, rundir, runtime, settings
 from allconv.data import CIFAR100
-from allconv.errors import StoppedError, UsageError, UserError
+from allconv.errors import DISK_ERRORS, StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
 from allconv.progress import run_directory
 from allconv.task import Classifier
@@ -188,6 +189,9 @@ class CLI(LightningCLI):
                 logs = self._logs(config.trainer.default_root_dir)
                 run = self.created = rundir.create(logs)
             self.held.enter_context(rundir.lock(run))
+            now = self.checkpoint and checkpoints.load(self.checkpoint.path, resume=True)
+            if now and now.step != step:
+                raise rundir.RunError(f"{now.path}: another process went on with it just now")
         trainer.loggers = [*loggers(run, step), *self.loggers]
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
@@ -207,7 +211,8 @@ class CLI(LightningCLI):
                     raise UserError(f"rank {rank} ended with code {child.returncode}") from None
             # Lightning looks for the metric of EarlyStopping when the first epoch has ended
             late = started and "conditioned on metric" not in str(error)
-            if late or isinstance(error, UserError):
+            output = isinstance(error, OSError) and error.errno in (*DISK_ERRORS, errno.EPIPE)
+            if late or output or isinstance(error, UserError):
                 raise
             # settings that cannot work, or a checkpoint that cannot be used
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

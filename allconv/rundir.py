@@ -9,13 +9,14 @@ import fcntl
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import yaml
 
-from allconv.errors import UserError
+from allconv.errors import UserError, say
 
 LOGS = "lightning_logs"
 CONFIGS = Path(__file__).parent / "configs"  # the recipes
@@ -93,9 +94,29 @@ def lock(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{run}: another process is training in it") from None
+        except OSError as error:  # some network file systems have no locks
+            say(f"{run}: no lock ({error.strerror}); train in it with one process at a time")
         for left in run.rglob(".*.writing"):  # by a process that was killed
             left.unlink()
+        _date_before_now(event_files(run))
         yield
+
+
+def _date_before_now(files: list[Path]) -> None:
+    """Rename event files of the future: TensorBoard reads them in the order of their names.
+
+    Their clock was ahead: it was set back since, or was another machine's.
+    """
+    latest = int(time.time()) - len(files)
+    for i, path in enumerate(files):
+        second = path.name.split(".")[3]
+        if int(second) > latest + i:
+            path.rename(path.with_name(path.name.replace(second, f"{latest + i:010d}", 1)))
+
+
+def event_files(run: Path) -> list[Path]:
+    """A run's TensorBoard files, oldest first; each is named by the second it was begun."""
+    return sorted(run.glob(f"events.out.tfevents.{10 * '[0-9]'}.*"))
 
 
 def read_rows(run: Path) -> list[dict[str, str]]:

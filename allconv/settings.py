@@ -1,6 +1,7 @@
 """Which settings apply: recipes, a run's config.yaml in front of the arguments, contradictions."""
 
 import json
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,11 @@ SPLIT = {"demo", "folder", "val_size", "split_seed"}
 FREE = re.compile(
     r"(config|recipe|ckpt_path|init|data\.(data_dir|folder)|trainer\.(max_steps|max_time|"
     r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
+)
+# of the trainer's settings, those that Lightning divides by
+DIVISORS = (
+    *("accumulate_grad_batches", "check_val_every_n_epoch"),
+    *("limit_train_batches", "val_check_interval"),
 )
 # what is read before the arguments are parsed
 EARLY = ("-c", "--config", "--ckpt_path", "--init", "--trainer.default_root_dir")
@@ -122,10 +128,13 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
             f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
             "trainer.max_epochs or trainer.max_time"
         )
-    for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"):
+    for key in DIVISORS:
         value = config.trainer[key]
-        if value is not None and value <= 0:  # Lightning would divide by it
+        if isinstance(value, int | float) and value <= 0:
             raise UsageError(f"trainer.{key} is {value}: it must be above 0")
+    devices, cores = str(config.trainer.devices), os.cpu_count() or 1
+    if devices.isdigit() and int(devices) > 8 * cores:  # each is a process that loads torch
+        raise UsageError(f"trainer.devices is {devices}: too many for {cores} CPU cores")
     if not 0 <= config.seed_everything < 2**32:
         raise UsageError(
             f"seed_everything is {config.seed_everything}: it must be from 0 to {2**32 - 1}"

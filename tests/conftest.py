@@ -24,6 +24,7 @@ LAST = RUN / "checkpoints/last.ckpt"
 TINY = (
     "fit --data.demo true --model.width 4 --trainer.max_epochs 3 --trainer.limit_train_batches 9"
 ).split()
+TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,12 @@ def process(*args, code=None, **kwargs):
     command = [sys.executable, *(["-c", code] if code else ["-m", "allconv"]), *map(str, args)]
     kwargs.setdefault("stderr", subprocess.STDOUT)
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+def second_process(running):
+    """The number of the process that a `fit` of two has started."""
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    return int(children.read_text().split()[0])
 
 
 def finish(*args, expected=0, **kwargs):

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import pickle
 import tarfile
 import threading
@@ -181,6 +182,19 @@ def test_missing_file_is_named(tables, official, refused):
     line = refused("test", "--ckpt_path", "pretrained", code=1)
     assert "test.bin" in line
     assert "data.data_dir" in line or "data/cifar-100-binary" in line
+
+
+def test_a_pipe_is_no_data_file(tables, official, refused):
+    path = write_binary(tables, "data") / "train.bin"
+    path.unlink()
+    os.mkfifo(path)
+    assert "train.bin" in refused(*FIT, code=1)
+
+
+def test_an_empty_folder_of_the_other_form_hides_nothing(tables, official):
+    write_binary(tables, "data")
+    Path("data/cifar-100-python").mkdir()
+    assert_same(read("data"), official)
 
 
 class Trap:

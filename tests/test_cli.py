@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def test_answers_without_importing_torch(args):
     else:
         for command in COMMANDS:
             assert f"\n  {command} " in found.stdout
+
+
+def test_a_mistyped_command_is_shown_escaped(refused):
+    assert r"no command te\x1b[31mst" in refused("te\x1b[31mst", code=2)
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
@@ -160,6 +165,8 @@ def test_an_empty_name_is_no_checkpoint(run, refused):
     """A script's variable that was never set must not start another run."""
     for command in ("fit", "test"):
         assert "ckpt_path is empty" in refused(command, "--ckpt_path", "", code=1)
+    assert "ckpt_path is empty" in refused("export", "--out", "a.onnx", "--ckpt_path", "", code=1)
+    assert "A is empty" in refused("report", "", code=1)
     assert "init is empty" in refused("fit", "--init", "", "--data.demo", "true", code=1)
     assert "init is empty" in refused("fit", "--init=", "--data.demo", "true", code=1)
     assert len(list(Path("lightning_logs").iterdir())) == 1
@@ -178,6 +185,8 @@ BAD_USAGE = {
     "--model.width 0": "width is 0: it must be",
     "--model.width -4": "width is -4",
     "--model.num_classes 1": "num_classes is 1",
+    "--model.num_classes 99": "num_classes is 99, but the demo set",
+    "--model.width 1000000000": "width is 1000000000",
     "--model.dropout 1": "dropout is 1.0",
     "--model.residuals maybe": "model.residuals",
     "--model.lr 0": "model.lr is 0.0: it must be above 0",
@@ -197,7 +206,16 @@ BAD_USAGE = {
     "--data.sizes [[2,20]]": "data.sizes",
     "--data.cutmix 1.5": "data.cutmix is 1.5: it must be from 0 to 1",
     "--trainer.accelerator warp": "accelerator",
+    "--trainer.accelerator tpu": "torch_xla",
     "--trainer.devices 0": "devices",
+    "--trainer.devices 1000": "trainer.devices is 1000",
+    "--trainer.accumulate_grad_batches 0": "accumulate_grad_batches is 0: it must be above 0",
+    "--trainer.accumulate_grad_batches -1": "accumulate_grad_batches is -1",
+    "--trainer.check_val_every_n_epoch 0": "check_val_every_n_epoch is 0",
+    "--trainer.limit_train_batches 0": "limit_train_batches is 0",
+    "--trainer.limit_train_batches -1": "limit_train_batches is -1",
+    "--trainer.limit_val_batches -1": "limit_val_batches",
+    "--trainer.val_check_interval 0": "val_check_interval is 0",
     "--trainer.precision 7": "precision",
     "--trainer.max_epochs -1 --model.warmup 0.2": "trainer.max_epochs",
     "--seed_everything x": "seed_everything",
@@ -226,6 +244,7 @@ BAD_CONFIGS = {
     "no_trainer": b"trainer: null\n",
     "number": b"model: 3\n",
     "empty": b"",
+    "date": b"model: {width: 2026-02-30}\n",
 }
 
 
@@ -267,6 +286,46 @@ def test_bad_checkpoints_are_named(run):
     for path in found:
         with pytest.raises(checkpoints.CheckpointError, match=path.name):
             checkpoints.load(path)
+
+
+def hostile(content, name):
+    """Change a checkpoint that was read."""
+    state, weight = content["state_dict"], "net.conv5.0.weight"
+    if name == "expanded":  # 1 number that stands for 8.5 GB, as a shape and no values
+        state["net.conv1.0.weight"] = torch.zeros(1).expand(6000, 3, 3, 3)
+        state["net.conv9.0.weight"] = torch.zeros(1).expand(100, 2**21, 1, 1)
+    elif name == "sparse":
+        state[weight] = state[weight].to_sparse()
+    elif name == "complex":
+        state[weight] = state[weight].to(torch.complex64)
+    elif name == "no epoch":
+        content["loops"] = {"fit_loop": 3}
+    elif name == "other types":
+        content["hyper_parameters"] |= {"residuals": [1]}
+    elif name == "no optimizer":
+        content["optimizer_states"] = []
+
+
+NAMES = ["expanded", "sparse", "complex", "no epoch", "other types", "no optimizer", "bomb"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_checkpoints_are_refused(name, run):
+    content = torch.load(LAST, weights_only=True)
+    hostile(content, name)
+    torch.save(content, "hostile.ckpt")
+    if name == "bomb":
+        with zipfile.ZipFile("hostile.ckpt", "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("hostile/bomb", bytes(10**7))
+    with pytest.raises(checkpoints.CheckpointError, match=r"hostile\.ckpt"):
+        checkpoints.load(Path("hostile.ckpt"), resume=True)
+
+
+def test_sizes_are_those_of_the_weights_and_not_what_a_checkpoint_claims(run):
+    content = torch.load(LAST, weights_only=True)
+    content["hyper_parameters"] |= {"width": 2**20, "num_classes": 10**9}
+    torch.save(content, "claims.ckpt")
+    assert checkpoints.load(Path("claims.ckpt")).net().width == 4
 
 
 @pytest.mark.parametrize("command", ["test --ckpt_path", "fit --ckpt_path", "fit --init"])

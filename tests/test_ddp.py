@@ -15,6 +15,7 @@ from conftest import (
     REPO,
     RUN,
     TINY,
+    TWO,
     assert_same_checkpoint,
     finish,
     process,
@@ -26,7 +27,6 @@ from allconv.__main__ import main
 
 pytestmark = pytest.mark.slow  # each process imports torch and Lightning
 
-TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
 RECORD = 3074  # bytes of an image in the binary form
 
 

@@ -1,7 +1,7 @@
 """What may befall a run: kills at random moments, full disks, damaged files.
 
-By hand, with many kills:
-ALLCONV_KILLS=200 ALLCONV_SEED=7 pytest -n 0 -s -m slow tests/test_faults.py -k random
+By hand, with many kills, of `one` process or of `two`:
+ALLCONV_KILLS=200 ALLCONV_SEED=7 pytest -n 0 -s -m slow tests/test_faults.py -k "random and one"
 """
 
 import os
@@ -13,7 +13,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, LAST, REPO, RUN, TINY, assert_same_run, finish, process, rows
+from conftest import (
+    HANGS,
+    LAST,
+    RUN,
+    TINY,
+    TWO,
+    assert_same_run,
+    finish,
+    process,
+    rows,
+    second_process,
+)
 
 from allconv import checkpoints
 from allconv.__main__ import main
@@ -22,13 +33,21 @@ SEED = int(os.environ.get("ALLCONV_SEED", 0))
 KILLS = int(os.environ.get("ALLCONV_KILLS", 4))
 KILLS_OF_A_RUN = 8
 EPOCHS = 10
-# all that fast.yaml uses, and dropout
-FIT = [
-    *("fit", "--config", str(REPO / "configs/fast.yaml"), "--model.dropout", "0.1"),
-    *f"--data.demo true --model.width 4 --trainer.max_epochs {EPOCHS}".split(),
-    *"--trainer.limit_train_batches 4 --data.data_dir ../data".split(),
-]
-ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+SMALL = (
+    f"--data.demo true --model.width 4 --model.dropout 0.1 --trainer.max_epochs {EPOCHS} "
+    "--trainer.limit_train_batches 4 --data.data_dir ../data"
+).split()
+# all that a recipe uses, and dropout
+FITS = {
+    "one": ["fit", "--config", "fast", *SMALL],
+    "two": ["fit", "--config", "strong", *SMALL, *TWO],
+}
+# the command's exit code, by whom the signal hit; two processes leave SIGTERM to the system
+ENDS = {
+    signal.SIGKILL: {"first": [-9], "all": [-9], "second": [1]},
+    signal.SIGTERM: {"first": [143, -15], "all": [143, -15], "second": [1]},
+    signal.SIGINT: {"first": [130], "all": [130], "second": [1]},
+}
 LONGER = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]
 
 
@@ -37,9 +56,13 @@ def leftovers():
     return {path.name for path in RUN.rglob("*.writing")}
 
 
-def strike(args, moment, number, rng):
-    """Start a command that gets a signal, while a file is written or at any moment of training."""
-    running, said = process(*args), ""
+def strike(args, moment, whom, number, rng):
+    """Start a command that gets a signal, while a file is written or at any moment of training.
+
+    Returns:
+        Its exit code, what it said, and how many seconds after the signal all processes had ended.
+    """
+    running, said = process(*args, start_new_session=True), ""
     while "run directory" not in (line := running.stdout.readline()):
         assert line, said
         said += line
@@ -52,52 +75,61 @@ def strike(args, moment, number, rng):
                 pass  # a file is written in some milliseconds
     else:
         for _ in range(rng.randint(0, 2)):  # epochs; at the end of the output no more lines
-            running.stdout.readline()
+            said += running.stdout.readline()
         time.sleep(rng.uniform(0, 0.4))
-    running.send_signal(number)
-    return running, said + running.communicate(timeout=HANGS)[0]
+    start = time.monotonic()
+    if running.poll() is None:
+        if whom == "all":
+            os.killpg(running.pid, number)
+        else:
+            os.kill(running.pid if whom == "first" else second_process(running), number)
+    said += running.communicate(timeout=HANGS)[0]  # ends with the last process that can write
+    return running.returncode, said, time.monotonic() - start
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(own_folder, monkeypatch):
+@pytest.mark.parametrize("processes", FITS)
+def test_killed_at_random_moments(processes, own_folder, monkeypatch):
     """However often a run is killed: last.ckpt loads, and in the end it is as if never stopped."""
-    rng = random.Random(SEED)
+    rng, fit = random.Random(SEED), FITS[processes]
+    hit = ["first", "second", "all"] if processes == "two" else ["first"]
     Path("whole").mkdir()
     monkeypatch.chdir("whole")
-    main(FIT)
-    whole, count, kills, runs = RUN.absolute(), Counter(), 0, 0
+    finish(*fit)
+    whole, count, kills, runs, slowest = RUN.absolute(), Counter(), 0, 0, 0.0
     while kills < KILLS:
         runs += 1
         Path(f"../run{runs}").mkdir()
         monkeypatch.chdir(f"../run{runs}")
-        args, done, code = FIT, 0, None
-        numbers = [rng.choice([*ENDS]) for _ in range(min(KILLS_OF_A_RUN, KILLS - kills))]
-        for number in numbers:
-            moment = rng.choice(["training", "writing"])
-            running, said = strike(args, moment, number, rng)
-            code = running.returncode
+        args, done, code = fit, 0, None
+        for _ in range(min(KILLS_OF_A_RUN, KILLS - kills)):
+            moment, whom = rng.choice(["training", "writing"]), rng.choice(hit)
+            number = rng.choice([*ENDS])
+            code, said, seconds = strike(args, moment, whom, number, rng)
             if code == 0:  # struck too late
                 break
             kills += 1
             epochs = checkpoints.load(LAST, resume=True).epoch
             lost = rows(RUN) - epochs
-            what = f"run {runs}, kill {kills}: {number.name} in {moment}, ended with {code}, "
-            what += f"{epochs} epochs in last.ckpt, {rows(RUN)} in metrics.csv, left {leftovers()}"
+            what = f"run {runs}, kill {kills}: {number.name} in {moment}, {whom}, ended with "
+            what += f"{code} after {seconds:.1f} s, {epochs} epochs in last.ckpt, {rows(RUN)} in "
+            what += f"metrics.csv, left {leftovers()}"
             print(what, flush=True)
-            assert code == ENDS[number], what + said
+            assert code in ENDS[number][whom], what + said
             assert "Traceback" not in said, what + said
             assert done <= epochs, what
             assert lost <= 1, what
             done, args = epochs, ["fit", "--ckpt_path", "last"]
-            count.update([f"{number.name} in {moment}", f"{len(leftovers())} left"])
+            count.update([f"{number.name} in {moment}", f"{whom} hit", f"{len(leftovers())} left"])
             count["epochs done again"] += max(0, lost)
+            slowest = max(slowest, seconds)
             if done == EPOCHS:  # struck after the last epoch
                 break
         if code != 0 and done < EPOCHS:
             finish(*args)
             assert not leftovers()
         assert_same_run(RUN, whole)
-    print(f"seed {SEED}, {kills} kills in {runs} runs: {dict(count)}")
+    print(f"seed {SEED}, {kills} kills in {runs} runs, ended within {slowest:.1f} s: {dict(count)}")
 
 
 def limited(size):

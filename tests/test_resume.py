@@ -128,6 +128,20 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     assert "MulticlassAccuracy" not in error
 
 
+@SLOW
+@pytest.mark.parametrize("pause", [0.0001, 0.05])
+def test_ctrl_c_twice_is_ctrl_c(pause, own_folder):
+    running = process(*FIT, "--trainer.max_epochs", "500")
+    wait_until(lambda: rows(RUN), running)
+    for _ in range(2):
+        running.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    said, _ = running.communicate(timeout=HANGS)
+    assert running.returncode == 130, said
+    assert said.splitlines()[-1].startswith("allconv: ")
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 # at whose loading a process is struck: of allconv.errors, torch, and what follows
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the shell, the environment and other processes do to a command."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANGS, RUN, TINY, process, rows
+from conftest import HANGS, RUN, TINY, TWO, finish, process, rows, scalars, second_process
 
 from allconv import rundir
 from allconv.__main__ import main
 from allconv.model import AllCNN
 
-TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
+FIT = f"fit {' '.join(TINY[1:])} --trainer.enable_model_summary false"
 
 
-@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
-def test_output_that_cannot_be_written_is_one_line(redirection, run):
-    command = f"{sys.executable} -m allconv runs {redirection}"
+@pytest.mark.parametrize(
+    "command",
+    ["runs > /dev/full", "runs >&-", pytest.param(f"{FIT} > /dev/full", marks=pytest.mark.slow)],
+)
+def test_output_that_cannot_be_written_is_one_line(command, run):
+    command = f"{sys.executable} -m allconv {command}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -48,6 +52,65 @@ def test_one_run_has_one_process(run, refused):
     assert rows(run) == 4
 
 
+@pytest.mark.slow
+def test_of_two_resumes_at_once_one_wins(run):
+    both = [process("fit", "--ckpt_path", "last", "--trainer.max_epochs", "40") for _ in range(2)]
+    said = {each.communicate(timeout=HANGS)[0]: each.returncode for each in both}
+    assert sorted(said.values()) == [0, 1], said
+    loser = next(text for text, code in said.items() if code)
+    assert "another process" in loser.splitlines()[-1]
+    assert "Traceback" not in loser
+    table = (run / "metrics.csv").read_text().splitlines()
+    assert len(table) == len(set(table)) == 1 + 40
+
+
+MEANWHILE = """
+import subprocess, sys
+from lightning.pytorch import Callback
+
+class Meanwhile(Callback):
+    def __init__(self):
+        resume = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]
+        subprocess.run([sys.executable, "-m", "allconv", *resume], check=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_since_it_was_read_is_left_alone(run):
+    """Another process trains after the checkpoint was read, and has ended before the lock."""
+    Path("meanwhile.py").write_text(MEANWHILE)
+    args = "fit --ckpt_path last --trainer.max_epochs 5 --trainer.callbacks+=meanwhile.Meanwhile"
+    said = finish(*args.split(), expected=1)
+    assert "another process went on with it just now" in said.splitlines()[-1]
+    assert rows(run) == 4
+
+
+def test_a_file_system_without_locks_is_told(run, capfd, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    main("fit --ckpt_path last --trainer.max_epochs 4".split())
+    assert f"{run}: no lock (No locks available)" in capfd.readouterr().err
+    assert rows(run) == 4
+
+
+def test_a_clock_that_was_set_back_does_not_mix_the_curves(own_folder):
+    """TensorBoard reads the files of a run in the order of the seconds that they are named by."""
+    main(TINY)
+    expected = scalars(RUN)
+    main([*TINY, "--trainer.max_epochs", "2"])
+    run = RUN.with_name("version_1")
+    (events,) = run.glob("events.*")
+    second = events.name.split(".")[3]
+    events.rename(events.with_name(events.name.replace(second, "4102444800")))  # 2100
+    main("fit --ckpt_path last --trainer.max_epochs 3".split())
+    assert len(list(run.glob("events.*"))) == 2
+    assert scalars(run) == expected
+    main("fit --ckpt_path last --trainer.max_epochs 4".split())
+    assert len(list(run.glob("events.*"))) == 3
+
+
 def test_a_batch_norm_without_values_is_refused_before_training(own_folder, refused):
     tiny = "--model.width 1 --data.batch_size 1 --data.sizes [[1,4]] --trainer.max_epochs 1"
     line = refused("fit", "--data.demo", "true", "--trainer.enable_model_summary", "false",
@@ -65,11 +128,10 @@ def test_weights_that_say_nothing_of_their_network_are_noted(run, capfd):
 def training_in_two(n=1):
     """Two processes that have trained `n` epochs, and the second one's number."""
     running = process(*TINY, "--trainer.max_epochs", "500", *TWO, start_new_session=True)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     while rows(RUN) < n:
         assert running.poll() is None, running.stdout.read()
         time.sleep(0.05)
-    return running, int(children.read_text().split()[0])
+    return running, second_process(running)
 
 
 def gone(pid):

@@ -39,9 +39,8 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     problems += [f"{k} is {v}, not a group" for k, v in groups.items() if not isinstance(v, dict)]
     model, data, trainer = (v if isinstance(v, dict) else {} for v in groups.values())
     epoch = best["epoch"] + 1 if best else None
-    # TensorBoard puts the second it began into the name, which a copy keeps
-    events = run.glob(f"events.out.tfevents.{10 * '[0-9]'}.*")
-    start = min((int(path.name.split(".")[3]) for path in events), default=None)
+    # the second is in the name, which a copy keeps
+    start = min((int(path.name.split(".")[3]) for path in rundir.event_files(run)), default=None)
     test = evaluation.read(run, "test", "best.ckpt", epoch)
     known = "drawn" if data.get("demo") else "CIFAR-100"
     row = {
