@@ -40,6 +40,6 @@ def load(name: str = "pretrained"):
 
     checkpoint = checkpoints.load(checkpoints.find(name, key="name"))
     net = checkpoint.net()
-    net.classes = checkpoint.dataset.CLASSES
+    net.classes = checkpoint.dataset.classes
     net.preprocess = images.preprocess
     return net

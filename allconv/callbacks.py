@@ -122,7 +122,7 @@ class Curves(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what metrics.csv holds, which is the whole run, also when it was resumed."""
         run = run_directory(trainer)
-        title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.TITLE}"
+        title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.title}"
         save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
 
 
@@ -180,8 +180,8 @@ class Predictions(Callback):
         place = index * trainer.world_size  # this process saw every world_size-th image
         images, labels = data.sets[split].images[place], data.sets[split].labels[place]
         right, n = matrix.trace().item(), matrix.sum().item()
-        title = f"{data.dataset.TITLE}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
-        names, groups = data.dataset.CLASSES, data.dataset.SUPERCLASSES
+        title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
+        names, groups = data.dataset.classes, data.dataset.superclasses
         sheet = plots.predictions(images, labels, logits[index], names, title, columns)
         confusion = plots.confusion(matrix, names, groups, title)
         if self.folder:

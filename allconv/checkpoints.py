@@ -5,15 +5,13 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from allconv import cifar100, demo
+from allconv import datasets
 from allconv.errors import UserError
-from allconv.folder import ImageFolder, title
 from allconv.model import AllCNN
 from allconv.rundir import LOGS, read_config, read_metrics, runs
 
@@ -25,10 +23,12 @@ RESUMABLE = {
     **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
     "pytorch-lightning_version": str,
 }
-# of the network's arguments, those that its weights do not tell, with their defaults
 ARGUMENTS = {name: p.default for name, p in inspect.signature(AllCNN).parameters.items()}
-NET = {*ARGUMENTS}
-del ARGUMENTS["width"], ARGUMENTS["num_classes"]
+# of the data module's arguments and state, those that tell on what a network was trained
+DATA = {
+    **{"data_dir": str, "demo": bool, "folder": str, "classes": list, "digest": str},
+    **{"val_size": int, "split_seed": int, "batch_size": int},
+}
 
 
 class CheckpointError(UserError):
@@ -80,16 +80,15 @@ class Checkpoint:
         return read_config(self.run) if self.run else self.metadata.get("recipe", {})
 
     @property
-    def dataset(self) -> ModuleType | ImageFolder:
-        """The data set it was trained on: `allconv.cifar100`, `allconv.demo`, or a folder's."""
-        if "folder" in self.data:
-            return ImageFolder(title(self.data["folder"]), tuple(self.data["classes"]))
-        return demo if self.data.get("demo") else cifar100
+    def dataset(self) -> datasets.Official | datasets.ImageFolder:
+        """The data set it was trained on."""
+        keys = {"data_dir", "demo", "folder", "classes"} & {*self.data}
+        return datasets.choose(**{key: self.data[key] for key in keys})
 
     def net(self) -> AllCNN:
         """The network, on the CPU in eval mode, channels last."""
         with torch.device("meta"):  # the initialization would only be overwritten
-            net = AllCNN(**{name: v for name, v in self.hparams.items() if name in NET})
+            net = AllCNN(**{name: self.hparams[name] for name in ARGUMENTS})
         net.load_state_dict(self.weights, assign=True)
         return net.to(memory_format=torch.channels_last).eval()
 
@@ -138,7 +137,7 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
         CheckpointError: it cannot be read, is of another network, or not fit for the purpose.
     """
     checkpoint = _load_exported(path) if path.suffix == ".safetensors" else _load_torch(path)
-    _check_weights(checkpoint)
+    _check(checkpoint)
     if resume and not checkpoint.resumable:
         raise CheckpointError(f"{path}: weights alone cannot be resumed; use --init")
     if checkpoint.epoch == 0 and not resume:
@@ -149,25 +148,24 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
 def _load_torch(path: Path) -> Checkpoint:
     """A Lightning checkpoint of ours, or a bare state dict."""
     content = _read_archive(path)
-    state = content.get("state_dict", content)
-    prefix = "net." if "state_dict" in content else ""
+    state, prefix = content.get("state_dict", content), "net." if "state_dict" in content else ""
     weights = {
         key.removeprefix(prefix): value
-        for key, value in (state if isinstance(state, dict) else {}).items()
+        for key, value in _mapping(state).items()
         if isinstance(value, Tensor) and isinstance(key, str) and key.startswith(prefix)
     }
-    checkpoint = Checkpoint(path, {}, weights)
-    if all(isinstance(content.get(key), kind) for key, kind in RESUMABLE.items()):
-        checkpoint.resumable = bool(content["optimizer_states"])
-        saved = content["hyper_parameters"].items()
-        checkpoint.hparams = {str(k): v for k, v in saved if not str(k).startswith("_")}
-        checkpoint.step = content["global_step"]
-        try:
-            progress = content["loops"]["fit_loop"]["epoch_progress"]["current"]
-            checkpoint.epoch = int(progress["processed"])
-        except (LookupError, TypeError, ValueError, OverflowError, RuntimeError):  # any shape
-            raise CheckpointError(f"{path}: does not say how long it was trained") from None
-        checkpoint.data = _data(*map(content.get, ("datamodule_hyper_parameters", "CIFAR100")))
+    if not all(isinstance(content.get(key), kind) for key, kind in RESUMABLE.items()):
+        return Checkpoint(path, {}, weights)
+    epoch = content["loops"]
+    for key in ("fit_loop", "epoch_progress", "current", "processed"):
+        epoch = _mapping(epoch).get(key)
+    if not isinstance(epoch, int):
+        raise CheckpointError(f"{path}: does not say how long it was trained")
+    saved = content["hyper_parameters"].items()
+    hparams = {str(key): value for key, value in saved if not str(key).startswith("_")}
+    data = _data(content.get("datamodule_hyper_parameters"), content.get("CIFAR100"))
+    checkpoint = Checkpoint(path, hparams, weights, epoch, content["global_step"], data)
+    checkpoint.resumable = bool(content["optimizer_states"])
     return checkpoint
 
 
@@ -180,8 +178,7 @@ def _read_archive(path: Path) -> dict:
                 raise ValueError("compressed")
             if damaged := archive.testzip():  # torch.load checks no checksum
                 raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if isinstance(content, dict) else {}
+        return _mapping(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or hostile pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
@@ -195,55 +192,46 @@ def _load_exported(path: Path) -> Checkpoint:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not weights that can be read ({error})") from None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("hparams"), dict):
-        raise CheckpointError(f"{path}: not written by python -m allconv export")
-    for key, kind in (("epoch", int), ("recipe", dict)):
-        if not isinstance(metadata.get(key, kind()), kind):
-            raise CheckpointError(f"{path}: {key} in its metadata is no {kind.__name__}")
-    data, epoch = _data(metadata.get("recipe", {}).get("data"), metadata), metadata.get("epoch")
-    return Checkpoint(path, metadata["hparams"], weights, epoch, data=data, metadata=metadata)
+    told = {"recipe": {}, **_mapping(metadata)}
+    for key, kind in {"hparams": dict, "epoch": int, "recipe": dict}.items():
+        if not isinstance(told.get(key), kind):
+            raise CheckpointError(f"{path}: not written by python -m allconv export ({key})")
+    data = _data(told["recipe"].get("data"), told)
+    return Checkpoint(path, told["hparams"], weights, told["epoch"], 0, data, metadata)
+
+
+def _mapping(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def _data(*parts: object) -> dict[str, object]:
-    """Of the data module's arguments and state, those that tell on what a network was trained."""
-    kinds = {"data_dir": str, "demo": bool, "val_size": int, "split_seed": int, "batch_size": int}
-    kinds |= {"folder": str, "digest": str, "classes": list}
-    found = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
-    return {k: found[k] for k, kind in kinds.items() if isinstance(found.get(k), kind)}
+    found = {key: value for part in parts for key, value in _mapping(part).items()}
+    return {key: found[key] for key, kind in DATA.items() if isinstance(found.get(key), kind)}
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
-    """Complete the network's arguments from the weights, and compare all names and shapes."""
+def _check(checkpoint: Checkpoint) -> None:
+    """Complete the network's arguments from the weights, and check that they make a network."""
     path, weights, hparams = checkpoint.path, checkpoint.weights, checkpoint.hparams
-    first, last = weights.get("conv1.0.weight"), weights.get("conv9.0.weight")
-    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
+    first, last = (weights.get(f"conv{i}.0.weight", torch.empty(0)) for i in (1, 9))
+    if first.ndim != 4 or last.ndim != 4:
         raise CheckpointError(f"{path}: not a checkpoint of AllCNN")
     # an expanded or sparse tensor claims more than is in the file
     if sum(w.numel() * w.element_size() for w in weights.values()) > path.stat().st_size:
         raise CheckpointError(f"{path}: claims more weights than it holds")
+    hparams |= {"width": len(first), "num_classes": len(last)}
     for name, default in ARGUMENTS.items():
         value = hparams.setdefault(name, default)
         if not isinstance(value, type(default)) and (type(value), type(default)) != (int, float):
             raise CheckpointError(f"{path}: {name} is {value!r}, not a {type(default).__name__}")
-    hparams |= {"width": len(first), "num_classes": len(last)}
     names = checkpoint.data.get("classes", [])
     text = {name for name in names if isinstance(name, str) and name.isprintable()}
     if {"classes", "folder"} & {*checkpoint.data} and not len(text) == len(names) == len(last):
         raise CheckpointError(f"{path}: does not name its {len(last)} classes")
-    try:
-        with torch.device("meta"):
-            net = AllCNN(**{name: hparams[name] for name in NET})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{path}: {name} is {found.get(name, 'missing')}, but AllCNN of width {len(first)} "
-                f"has {expected.get(name, 'no such tensor')}"
-            )
-        value = weights[name]
+    for name, value in weights.items():
         plain = value.layout is torch.strided and not value.is_quantized
         if not plain or value.is_complex() or not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite real numbers")
+    try:
+        checkpoint.net()
+    except (ValueError, RuntimeError) as error:  # torch may name many tensors
+        raise CheckpointError(f"{path}: {str(error)[:300]}") from None

@@ -7,6 +7,8 @@ binary one (records of a coarse byte, a fine byte, 3,072 pixel bytes) is read he
 
 import hashlib
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
@@ -14,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from allconv import demo as drawn
 from allconv.errors import UserError
 
-TITLE = "CIFAR-100"
 # Of each channel over the 50,000 training images, as fractions of 255, rounded as in the notebook.
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
@@ -67,56 +67,159 @@ class DataError(UserError):
     """A data file is missing, damaged or cannot be downloaded."""
 
 
-def load(split: str, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    """Images and labels of "train", "val" or "test"; the other arguments are those of `load_file`.
+@dataclass(eq=False)
+class Images:
+    """A split: images and labels, indexed a whole batch at a time.
 
-    Returns:
-        Images (N, 3, 32, 32) uint8, channels last in memory, and labels (N,) int64.
+    Attributes:
+        images: (N, 3, 32, 32) uint8, channels last in memory.
+        labels: (N,) int64.
     """
-    return load_file("test" if split == "test" else "train", *args, **kwargs)[split]
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, 32, 32) uint8 and labels (B,) of some indices."""
+        index = torch.from_numpy(np.array(indices))  # half the time of torch.tensor(indices)
+        # index_select on the memory as it lies copies whole images: 8 times as fast as [index]
+        images = self.images.permute(0, 2, 3, 1).index_select(0, index)  # (B, 32, 32, 3)
+        return images.permute(0, 3, 1, 2), self.labels.index_select(0, index)
+
+    def split(self, held_out: np.ndarray) -> dict[str, "Images"]:
+        """The splits train and val; `held_out` (N,) says which images are for validation."""
+        parts = {"train": ~held_out, "val": held_out}
+        indices = {name: np.flatnonzero(part) for name, part in parts.items()}
+        return {name: Images(*self.__getitems__(index)) for name, index in indices.items()}
 
 
-def load_file(
-    file: str,
-    data_dir: str = "data",
-    val_size: int = 5000,
-    split_seed: int = 43,
-    demo: bool = False,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The splits in one of the two files, from whichever official form lies in `data_dir`.
+@dataclass(frozen=True)
+class Official:
+    """The official files in a folder, in either form.
 
-    Args:
-        file: "train" (which holds the splits train and val) or "test".
-        data_dir: folder that holds the data set.
-        val_size: training images held out for validation; of the demo set a fifth at most.
-        split_seed: seed of that split alone.
-        demo: read the demo set.
+    Attributes:
+        path: folder that holds the data set, or will hold it.
+    """
 
-    Returns:
-        For each split what `load` returns.
+    path: Path = field(compare=False)
+    title, classes, superclasses = "CIFAR-100", CLASSES, SUPERCLASSES
+    small = False  # see `hold_out`
+
+    def prepare(self) -> None:
+        """Unpack or download what is missing.
+
+        Raises:
+            DataError: an archive is damaged, or the download failed; says what else can be done.
+        """
+        if (self.path / BINARY / "train.bin").exists() or (self.path / PYTHON).is_dir():
+            return
+        from torchvision.datasets import CIFAR100  # 1.2 s
+        from torchvision.datasets.utils import check_integrity, extract_archive
+
+        archive, before = self.path / f"{BINARY}.tar.gz", socket.getdefaulttimeout()
+        socket.setdefaulttimeout(TIMEOUT)
+        try:
+            if not archive.exists():
+                print(
+                    f"no CIFAR-100 in {self.path.absolute()}: downloading {CIFAR100.url}",
+                    flush=True,
+                )
+                CIFAR100(self.path, download=True)
+            elif check_integrity(archive, BINARY_MD5):
+                extract_archive(archive, self.path)
+            else:
+                raise DataError(f"{archive}: expected md5 {BINARY_MD5}; get it again")
+        # URLError, disk, permissions; the server's answer; a wrong md5
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise DataError(f"download failed ({error}): {self._how_to_get()}") from None
+        finally:
+            socket.setdefaulttimeout(before)
+
+    def load(self, file: str, val_size: int = 5000, split_seed: int = 43) -> dict[str, Images]:
+        """The splits in one of the two files.
+
+        Args:
+            file: "train" (which holds the splits train and val) or "test".
+            val_size: training images held out for validation.
+            split_seed: seed of that split alone.
+
+        Raises:
+            DataError: nothing is there, or what is there is not the data set.
+        """
+        records = torch.from_numpy(self._read(file))
+        pixels = records[:, 1:].reshape(-1, 3, 32, 32)
+        images = Images(pixels.contiguous(memory_format=torch.channels_last), records[:, 0].long())
+        if file == "test":
+            return {"test": images}
+        return images.split(hold_out(images.labels, val_size, split_seed, self.small))
+
+    def digest(self, splits: dict[str, Images]) -> str | None:
+        """None: the name of the data set says what the images are."""
+
+    def _read(self, file: str) -> np.ndarray:
+        """Canonical records (N, 3073) of "train" or "test", checked to be the official ones."""
+        path = self.path / BINARY / f"{file}.bin"
+        if path.exists():
+            records = read_binary(path, COUNT[file])
+        elif (self.path / PYTHON).is_dir():
+            path = self.path / PYTHON / file
+            records = _read_python(self.path, file)
+        else:
+            raise DataError(self._how_to_get())
+        found = hashlib.sha256(records).hexdigest()
+        if found != CONTENT[file]:
+            raise DataError(
+                f"{path}: expected the official images (sha256 {CONTENT[file][:12]} of the sorted "
+                f"records), found others ({found[:12]}); get it again"
+            )
+        return records
+
+    def _how_to_get(self) -> str:
+        return (
+            f"no CIFAR-100 in {self.path.absolute()} (data.data_dir); put there {PYTHON}.tar.gz "
+            f"(169,001,437 bytes, md5 {PYTHON_MD5}) or {BINARY}.tar.gz (md5 {BINARY_MD5}), packed "
+            f"or unpacked ({BINARY}/train.bin {COUNT['train'] * RECORD:,} and test.bin "
+            f"{COUNT['test'] * RECORD:,} bytes), or try without it: --data.demo true"
+        )
+
+
+def read_binary(path: Path, count: int | None = None) -> np.ndarray:
+    """Canonical records of a file in the binary form; of any number, if `count` is None.
 
     Raises:
-        DataError: nothing is there, or what is there is not the official data set.
+        DataError: the size is not that of `count` records, or a label is not of the 100.
     """
-    if demo:
-        path = Path(data_dir, drawn.FOLDER, f"{file}.bin")
-        records = read_binary(_bytes(path), path)
-        val_size = min(val_size, len(records) // 500 * 100)
-        if file == "train" and len(records) < 500:
-            raise DataError(f"{path}: under 500 images; delete it, and it is drawn again")
-    else:
-        records = _read(Path(data_dir), file)
-    splits = {"test": slice(None)}
-    if file == "train":
-        train, val = split_indices(records[:, 0], val_size, split_seed)
-        splits = {"train": train, "val": val}
-    return {split: _tensors(records[index]) for split, index in splits.items()}
+    size = path.stat().st_size if path.is_file() else 0  # a FIFO would wait for ever
+    if size == 0 or size % RECORD or (count and size != count * RECORD):
+        expected = f"{count * RECORD:,}" if count else f"a multiple of {RECORD:,}"
+        raise DataError(f"{path}: expected {expected} bytes, found {size:,}; get it again")
+    table = np.fromfile(path, np.uint8).reshape(-1, RECORD)
+    coarse, fine = table[:, 0], table[:, 1]
+    bad = np.flatnonzero(fine >= len(CLASSES))
+    if count and not len(bad):
+        bad = np.flatnonzero(coarse != COARSE[fine])
+    if len(bad):
+        found = f"{coarse[bad[0]]} and {fine[bad[0]]} in record {bad[0]:,}"
+        raise DataError(f"{path}: expected superclass and class, found {found}; get it again")
+    return canonical(fine, table[:, 2:])
 
 
-def _tensors(records: np.ndarray) -> tuple[Tensor, Tensor]:
-    table = torch.from_numpy(records)
-    images = table[:, 1:].reshape(-1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    return images, table[:, 0].long()
+def _read_python(data_dir: Path, file: str) -> np.ndarray:
+    """Canonical records of the pickled form; each md5 is checked before anything is unpickled."""
+    from torchvision.datasets import CIFAR100  # 1.2 s, and only this form needs it
+    from torchvision.datasets.utils import check_integrity
+
+    meta = CIFAR100.meta["filename"], CIFAR100.meta["md5"]
+    for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, meta):
+        path = data_dir / PYTHON / name
+        if not (path.is_file() and check_integrity(path, md5)):
+            raise DataError(f"{path}: expected md5 {md5}; delete its folder and get it again")
+    data = CIFAR100(data_dir, train=file == "train")
+    pixels = data.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
+    return canonical(np.array(data.targets, np.uint8), pixels.reshape(-1, 3072))
 
 
 def canonical(labels: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -125,126 +228,21 @@ def canonical(labels: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return records[np.argsort(records.view(f"V{records.shape[1]}").ravel(), kind="stable")]
 
 
-def read_binary(raw: bytes, name: object, count: int | None = None) -> np.ndarray:
-    """Canonical records of a file in the binary form; `count` None takes any number.
+def hold_out(labels: Tensor, val_size: int, seed: int, small: bool = False) -> np.ndarray:
+    """Which of the images with labels (N,) are for validation, as (N,) bool.
 
-    Raises:
-        DataError: the size is not that of `count` records, or a label is not of the 100.
+    As many of each class as far as they go. Of a `small` data set at most a fifth, and never above
+    half of a class.
     """
-    expected = f"{count * RECORD:,}" if count else f"a multiple of {RECORD:,}"
-    if not raw or len(raw) % RECORD or (count and len(raw) != count * RECORD):
-        raise DataError(f"{name}: expected {expected} bytes, found {len(raw):,}; get it again")
-    table = np.frombuffer(raw, np.uint8).reshape(-1, RECORD)
-    coarse, fine = table[:, 0], table[:, 1]
-    bad = np.flatnonzero(fine >= 100)
-    if count and not len(bad):
-        bad = np.flatnonzero(coarse != COARSE[fine])
-    if len(bad):
-        found = f"{coarse[bad[0]]} and {fine[bad[0]]} in record {bad[0]:,}"
-        raise DataError(f"{name}: expected superclass and class, found {found}; get it again")
-    return canonical(fine, table[:, 2:])
-
-
-def _read(data_dir: Path, file: str) -> np.ndarray:
-    """Canonical records (N, 3073) of "train" or "test", checked to be the official ones."""
-    path = data_dir / BINARY / f"{file}.bin"
-    if path.exists():
-        records = read_binary(_bytes(path), path, COUNT[file])
-    elif (data_dir / PYTHON).is_dir():
-        path = data_dir / PYTHON / file
-        records = _read_python(data_dir, file)
-    else:
-        raise DataError(how_to_get(data_dir))
-    found = hashlib.sha256(records).hexdigest()
-    if found != CONTENT[file]:
-        raise DataError(
-            f"{path}: expected the official images (sha256 {CONTENT[file][:12]} of the sorted "
-            f"records), found others ({found[:12]}); get it again"
-        )
-    return records
-
-
-def _bytes(path: Path) -> bytes:
-    if path.is_file():  # a FIFO would wait for ever
-        return path.read_bytes()
-    raise DataError(f"{path}: expected a file")
-
-
-def _read_python(data_dir: Path, file: str) -> np.ndarray:
-    """Canonical records of the pickled form; torchvision checks each md5 before it unpickles."""
-    from torchvision.datasets import CIFAR100  # 1.2 s, and only this form needs it
-    from torchvision.datasets.utils import check_integrity
-
-    for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list):
-        path = data_dir / PYTHON / name
-        if not (path.is_file() and check_integrity(path, md5)):
-            raise DataError(f"{path}: expected md5 {md5}; delete its folder and get it again")
-    try:
-        data = CIFAR100(data_dir, train=file == "train")
-    except RuntimeError as error:  # its meta file
-        raise DataError(f"{data_dir / PYTHON}: {error}") from None
-    pixels = data.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
-    return canonical(np.array(data.targets, np.uint8), pixels.reshape(-1, 3072))
-
-
-def how_to_get(data_dir: Path) -> str:
-    """What to do when there is no data set in `data_dir`."""
-    return (
-        f"no CIFAR-100 in {data_dir.absolute()} (data.data_dir); put there {PYTHON}.tar.gz "
-        f"(169,001,437 bytes, md5 {PYTHON_MD5}) or {BINARY}.tar.gz (md5 {BINARY_MD5}), packed or "
-        f"unpacked ({BINARY}/train.bin {COUNT['train'] * RECORD:,} and test.bin "
-        f"{COUNT['test'] * RECORD:,} bytes), or try without it: --data.demo true"
-    )
-
-
-def prepare(data_dir: str, demo: bool = False) -> None:
-    """Unpack, download or draw what is missing in `data_dir`.
-
-    Raises:
-        DataError: an archive is damaged, or the download failed; says what else can be done.
-    """
-    folder = Path(data_dir)
-    if demo:
-        drawn.draw(folder / drawn.FOLDER)
-        return
-    if (folder / BINARY / "train.bin").exists() or (folder / PYTHON).is_dir():
-        return
-    from torchvision.datasets import CIFAR100  # 1.2 s
-    from torchvision.datasets.utils import check_integrity, extract_archive
-
-    archive, before = folder / f"{BINARY}.tar.gz", socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
-        if archive.exists():
-            if not check_integrity(archive, BINARY_MD5):
-                raise DataError(f"{archive}: expected md5 {BINARY_MD5}; get it again")
-            extract_archive(archive, folder)
-        else:
-            print(f"no CIFAR-100 in {folder.absolute()}: downloading {CIFAR100.url}", flush=True)
-            CIFAR100(folder, download=True)
-    # URLError, disk, permissions; the server's answer; a wrong md5
-    except (OSError, HTTPException, RuntimeError) as error:
-        raise DataError(f"download failed ({error}): {how_to_get(folder)}") from None
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def split_indices(labels: np.ndarray, val_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class-balanced split of labels (N,) into training and validation indices, both ascending.
-
-    Raises:
-        DataError: `val_size` cannot be taken in equal parts from every class.
-    """
-    classes, counts = np.unique(labels, return_counts=True)
-    each, rest = divmod(val_size, len(classes))
-    if rest or not 0 <= each < counts.min():
-        raise DataError(
-            f"data.val_size is {val_size}: it must be a multiple of {len(classes)} from "
-            f"0 to {len(classes) * (counts.min() - 1)}"
-        )
-    # RandomState: its stream is frozen (NEP 19), so the split is the same with every numpy
-    rng = np.random.RandomState(seed)
-    val = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in classes])
-    held_out = np.zeros(len(labels), bool)
-    held_out[val] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
+    labels = labels.numpy()
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+    if small:
+        val_size = min(val_size, max(1, len(labels) // 5))
+        members = [own[: len(own) // 2] for own in members]
+    # the first of every class, then the second; of the last turn, random classes
+    turn = np.concatenate([np.arange(len(own)) for own in members])
+    order = np.lexsort((rng.permutation(len(turn)), turn))[:val_size]
+    found = np.zeros(len(labels), bool)
+    found[np.concatenate(members)[order]] = True
+    return found

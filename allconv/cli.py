@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from allconv import callbacks, checkpoints, evaluation, folder, rundir, runtime, settings
+from allconv import callbacks, checkpoints, datasets, evaluation, rundir, runtime, settings
 from allconv.data import CIFAR100
 from allconv.errors import DISK_ERRORS, StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
@@ -97,7 +97,7 @@ class CLI(LightningCLI):
         settings.check(config, self.checkpoint, resumed=self.checkpoint and command == "fit")
         told = self.checkpoint or settings.given("model.num_classes", rest, contents)
         if config.data.folder is not None and not told:
-            config.model.num_classes = len(folder.describe(config.data.folder).CLASSES)
+            config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
         config.ckpt_path = None  # of this call, not of the run
         if config.seed_everything is True:  # random, written down, and the same in all processes
@@ -114,11 +114,11 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException, ImportError) as error:
             raise UsageError(error) from None
         found, data = self.model.net.num_classes, self.datamodule.dataset
-        if found != (n := len(data.CLASSES)):
-            raise UsageError(f"model.num_classes is {found}, but {data.TITLE} has {n} classes")
+        if found != (n := len(data.classes)):
+            raise UsageError(f"model.num_classes is {found}, but {data.title} has {n} classes")
         names = self.checkpoint and self.checkpoint.data.get("classes")
-        if names and (other := {*data.CLASSES} - {*names}):
-            raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.TITLE}")
+        if names and (other := {*data.classes} - {*names}):
+            raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.title}")
 
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""

@@ -6,39 +6,14 @@ uint8, and is augmented and normalized there.
 
 import os
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.v2 import CutMix
 
-from allconv import augment, cifar100
-from allconv import demo as demo_set
-from allconv import folder as folder_set
-from allconv.cifar100 import MEAN, STD
-
-
-class Images(Dataset):
-    """Images and labels, indexed a whole batch at a time.
-
-    Args:
-        images: (N, 3, 32, 32) uint8, channels last in memory.
-        labels: (N,) int64.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 32, 32) uint8 and labels (B,) of a list of indices."""
-        index = torch.from_numpy(np.array(indices))  # half the time of torch.tensor(indices)
-        # index_select on the memory as it lies copies whole images: 8 times as fast as [index]
-        images = self.images.permute(0, 2, 3, 1).index_select(0, index)  # (B, 32, 32, 3)
-        return images.permute(0, 3, 1, 2), self.labels.index_select(0, index)
+from allconv import augment, datasets
+from allconv.cifar100 import MEAN, STD, DataError, Images
 
 
 class CIFAR100(LightningDataModule):
@@ -81,32 +56,30 @@ class CIFAR100(LightningDataModule):
         folder: str | None = None,
     ):
         super().__init__()
-        sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
-        val_right = 0 <= val_size < 50_000 and (val_size % 100 == 0 or folder is not None)
         steps = "" if folder is not None else "a multiple of 100 "
-        for name, value, right, rule in (
-            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-            ("val_size", val_size, val_right, f"{steps}from 0 to 49900"),
-            ("split_seed", split_seed, 0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
-            ("crop", crop, 0 <= crop < 32, "from 0 to 31"),
-            ("sizes", sizes, sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
-            ("cutmix", cutmix, 0 <= cutmix <= 1, "from 0 to 1"),
-            ("folder", folder, not (demo and folder), "null when data.demo is true"),
-        ):
-            if not right:
-                raise ValueError(f"data.{name} is {value}: it must be {rule}")
+        whole_classes = folder is not None or val_size % 100 == 0
+        sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
+        rules = {
+            "batch_size": (batch_size >= 1, "at least 1"),
+            "val_size": (whole_classes and 0 <= val_size < 50_000, f"{steps}from 0 to 49900"),
+            "split_seed": (0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
+            "crop": (0 <= crop < 32, "from 0 to 31"),
+            "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
+            "cutmix": (0 <= cutmix <= 1, "from 0 to 1"),
+            "folder": (not (demo and folder), "null when data.demo is true"),
+        }
         self.save_hyperparameters(logger=False)
-        self.dataset = demo_set if demo else cifar100
-        if folder is not None:
-            self.dataset = folder_set.describe(folder)
+        for name, (right, rule) in rules.items():
+            if not right:
+                raise ValueError(f"data.{name} is {self.hparams[name]}: it must be {rule}")
+        self.dataset = datasets.choose(data_dir, demo, folder)
         self.digest: str | None = None  # of a folder's training and validation images
-        self.mix = CutMix(num_classes=len(self.dataset.CLASSES))
+        self.mix = CutMix(num_classes=len(self.dataset.classes))
         self.sets: dict[str, Images] = {}  # train, val, test
 
     def prepare_data(self) -> None:
         """Download or draw what is missing; Lightning calls this in one process only."""
-        if self.hparams.folder is None:
-            cifar100.prepare(self.hparams.data_dir, self.hparams.demo)
+        self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs: test and predict the test file, the others the training file.
@@ -118,23 +91,18 @@ class CIFAR100(LightningDataModule):
         if file not in self.sets:
             if h.sizes and self.trainer and self.trainer.max_epochs < 0:
                 raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
-            split = h.val_size, h.split_seed
-            if h.folder is None:
-                splits = cifar100.load_file(file, h.data_dir, *split, h.demo)
-            else:
-                splits = folder_set.load_file(file, h.folder, self.dataset.CLASSES, *split)
-                self.digest = self.digest if file == "test" else folder_set.digest(splits)
-            self.sets |= {split: Images(*tensors) for split, tensors in splits.items()}
-        if file == "test" or len(self.sets["val"]):
-            return
-        if stage == "validate":
-            raise cifar100.DataError("data.val_size is 0: there are no validation images")
-        if self.trainer:
-            self.trainer.limit_val_batches = 0  # Lightning would warn of an empty loader
+            found = self.dataset.load(file, h.val_size, h.split_seed)
+            self.digest = self.digest if file == "test" else self.dataset.digest(found)
+            self.sets |= found
+        if file == "train" and not len(self.sets["val"]):
+            if stage == "validate":
+                raise DataError("data.val_size is 0: there are no validation images")
+            if self.trainer:
+                self.trainer.limit_val_batches = 0  # Lightning would warn of an empty loader
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint says of the images beside the hyperparameters."""
-        return {"classes": list(self.dataset.CLASSES), "digest": self.digest}
+        return {"classes": list(self.dataset.classes), "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Refuse to go on with other images.
@@ -143,38 +111,35 @@ class CIFAR100(LightningDataModule):
             DataError: the images in the folder have changed.
         """
         if state.get("digest") != self.digest:
-            raise cifar100.DataError(
+            raise DataError(
                 f"the images in {self.hparams.folder} are not those that the run was trained with: "
                 "start a new run with --init"
             )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; the order depends on the seed and the epoch alone."""
-        self.setup("fit")
-        rank, world = self._rank_and_world()
-        # Lightning calls its set_epoch; the seed is the run's, as seed_everything left it
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = DistributedSampler(self.sets["train"], world, rank, shuffle=True, seed=seed)
-        return self._loader("train", self.hparams.batch_size, sampler)
+        return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         """The held-out images in order."""
-        self.setup("fit")
         return self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """The test images in order."""
-        self.setup("test")
         return self._loader("test", self.eval_batch_size)
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, split: str, batch_size: int, sampler=None) -> DataLoader:
-        images = self.sets[split]
-        if sampler is None:
-            # every image once, whatever the number of processes: nothing is padded
-            rank, world = self._rank_and_world()
-            sampler = range(rank, len(images), world)
+    def _loader(self, split: str, batch_size: int) -> DataLoader:
+        self.setup("test" if split == "test" else "fit")
+        images, trainer = self.sets[split], self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        # every image once, whatever the number of processes: nothing is padded
+        sampler = range(rank, len(images), world)
+        if split == "train":
+            # Lightning calls its set_epoch; the seed is the run's, as seed_everything left it
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            sampler = DistributedSampler(images, world, rank, shuffle=True, seed=seed)
         return DataLoader(
             images,
             batch_size=batch_size,
@@ -186,17 +151,13 @@ class CIFAR100(LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int):
         """Augment if training, and normalize: uint8 becomes float32, on the device."""
         if isinstance(batch, Tensor):  # the model summary's example input
             return batch
-        images, labels = batch
-        if not self.trainer.training:
+        (images, labels), h, trainer = batch, self.hparams, self.trainer
+        if not trainer.training:
             return augment.normalize(images, MEAN, STD), labels
-        h, trainer = self.hparams, self.trainer
         if h.flip:
             images = augment.alternating_flip(images, trainer.current_epoch)
         if h.crop:

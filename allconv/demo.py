@@ -4,13 +4,11 @@
 products and comparisons are used, so that it is the same on every machine.
 """
 
-from pathlib import Path
-
 import numpy as np
 
+from allconv.cifar100 import DataError, Official, read_binary
 from allconv.rundir import write_whole
 
-TITLE = "the demo set (not CIFAR-100)"
 FOLDER = "cifar-100-demo"
 PER_CLASS = {"train": 40, "test": 10}
 SEED = {"train": 1, "test": 2}
@@ -66,9 +64,22 @@ def records(split: str) -> np.ndarray:
     return np.concatenate(found)
 
 
-def draw(folder: Path) -> None:
-    """Write `train.bin` and `test.bin` into `folder` unless they are there."""
-    for split in PER_CLASS:
-        path = folder / f"{split}.bin"
-        if not path.exists():
-            write_whole(path, lambda file, split=split: file.write(records(split).tobytes()))
+class Demo(Official):
+    """The demo set, in a subfolder of `path`."""
+
+    title, classes, superclasses = "the demo set (not CIFAR-100)", CLASSES, SUPERCLASSES
+    small = True
+
+    def prepare(self) -> None:
+        """Draw what is missing."""
+        for file in PER_CLASS:
+            path = self.path / FOLDER / f"{file}.bin"
+            if not path.exists():
+                write_whole(path, lambda out, file=file: out.write(records(file).tobytes()))
+
+    def _read(self, file: str) -> np.ndarray:
+        path = self.path / FOLDER / f"{file}.bin"
+        found = read_binary(path)
+        if file == "train" and len(found) < 500:
+            raise DataError(f"{path}: under 500 images; delete it, and it is drawn again")
+        return found

@@ -53,7 +53,7 @@ class Teacher:
         if checkpoint.dataset != data.dataset or not same:
             raise UserError(
                 f"model.teacher is {name}: it was trained on other images "
-                f"({checkpoint.dataset.TITLE}) than these ({data.dataset.TITLE})"
+                f"({checkpoint.dataset.title}) than these ({data.dataset.title})"
             )
         # without validation images there is nothing that a teacher should not have seen
         for key in ("demo", "val_size", "split_seed") if validated else ("demo",):

@@ -19,7 +19,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         metrics: the split's metrics.
     """
     split = "test" if command == "test" else "val"
-    title, n = data.dataset.TITLE, int(metrics[f"{split}/n"])
+    title, n = data.dataset.title, int(metrics[f"{split}/n"])
     result = {
         **{name: round(value, 7) for name, value in metrics.items()},
         f"{split}/n": n,

@@ -6,19 +6,17 @@ The class names are those of the subfolders, in alphabetical order; images are c
 
 import hashlib
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from allconv import images
-from allconv.cifar100 import DataError
+from allconv.cifar100 import DataError, Images, hold_out
 from allconv.errors import printable, say
 
 LISTED = 10  # unreadable images that are named
@@ -26,45 +24,107 @@ LISTED = 10  # unreadable images that are named
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What is known of a folder's data set without its images, as of `cifar100` and `demo`."""
+    """The images in a folder; `at` makes one.
 
-    TITLE: str
-    CLASSES: tuple[str, ...]
+    Attributes:
+        title: the folder's name, wherever it lies.
+        classes: the class names.
+        path: DIR.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    path: Path = field(compare=False)
+
+    @classmethod
+    def at(cls, folder: str, classes: Sequence[str] | None = None) -> "ImageFolder":
+        """The data set in a folder; its classes are looked up there, unless they are given.
+
+        Raises:
+            DataError: there is none.
+        """
+        path = Path(folder)
+        if classes is None:
+            if not folder or not path.is_dir():
+                raise DataError(f"data.folder is {folder or 'empty'}: no such folder")
+            # where images are only evaluated, there may be no train
+            file = next((f for f in ("train", "test") if (path / f).is_dir()), "train")
+            classes = _classes(path / file)
+        return cls(printable(path.name) or "your images", tuple(classes), path)
 
     @property
-    def SUPERCLASSES(self) -> dict[str, tuple[str, ...]]:  # noqa: N802
+    def superclasses(self) -> dict[str, tuple[str, ...]]:
         """Each class by itself: a folder has no superclasses."""
-        return {name: (name,) for name in self.CLASSES}
+        return {name: (name,) for name in self.classes}
 
+    def prepare(self) -> None:
+        """Nothing is downloaded."""
 
-def title(folder: str) -> str:
-    """The folder's name, wherever it lies."""
-    return printable(Path(folder).name) or "your images"
+    def load(self, file: str, val_size: int = 5000, split_seed: int = 43) -> dict[str, Images]:
+        """The splits in DIR/test, or in DIR/train and DIR/val; see `cifar100.Official.load`.
 
+        Without DIR/val, `val_size` images of DIR/train, but a fifth at most, are held out.
 
-def describe(folder: str) -> ImageFolder:
-    """The data set in a folder.
+        Raises:
+            DataError: a folder is missing, has other classes, or has too few or unreadable images.
+        """
+        own_val = (self.path / "val").is_dir()
+        names = ("train", "val") if file == "train" and own_val else (file,)
+        listed = {name: self._list(name) for name in names}  # all before any image is read
+        if file == "test" or own_val:
+            return {name: Images(_read(files), labels) for name, (files, labels) in listed.items()}
+        files, labels = listed["train"]
+        few = (labels.bincount() < 2).nonzero()
+        if val_size and len(few):
+            raise DataError(
+                f"{self.path / file / self.classes[few[0]]}: only 1 image, but validation needs "
+                f"one as well; add more, {self.path / 'val'}, or --data.val_size 0"
+            )
+        held_out = hold_out(labels, val_size, split_seed, small=True)
+        return Images(_read(files), labels).split(held_out)
 
-    Raises:
-        DataError: there is none.
-    """
-    path = Path(folder)
-    if not folder or not path.is_dir():
-        raise DataError(f"data.folder is {folder or 'empty'}: no such folder")
-    # where images are only evaluated, there may be no train
-    split = next((s for s in ("train", "test") if (path / s).is_dir()), "train")
-    return ImageFolder(title(folder), _classes(path / split))
+    def digest(self, splits: dict[str, Images]) -> str | None:
+        """The sha256 of the images and labels of some splits."""
+        found = hashlib.sha256()
+        for split in splits.values():
+            found.update(split.images.permute(0, 2, 3, 1).contiguous().numpy())
+            found.update(split.labels.numpy())
+        return found.hexdigest()
+
+    def _list(self, name: str) -> tuple[list[str], Tensor]:
+        """The image files of a subfolder, sorted by class and path, and their labels (N,)."""
+        from torchvision.datasets.folder import make_dataset  # 1.2 s
+
+        path, classes = self.path / name, self.classes
+        found = _classes(path)
+        if found != classes:
+            differences = {"without": {*classes} - {*found}, "with": {*found} - {*classes}}
+            said = [f"{k} {', '.join(sorted(v)[:5])}" for k, v in differences.items() if v]
+            raise DataError(
+                f"{path}: its {len(found)} classes are not the {len(classes)}: {' and '.join(said)}"
+            )
+
+        def is_image(file: str) -> bool:
+            hidden = "/." in f"/{Path(file).relative_to(path).as_posix()}"
+            return not hidden and Path(file).suffix.lower() in images.SUFFIXES
+
+        numbers = {name: i for i, name in enumerate(classes)}
+        pairs = make_dataset(path, numbers, is_valid_file=is_image, allow_empty=True)
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+        empty = (labels.bincount(minlength=len(classes)) == 0).nonzero()
+        if len(empty):
+            more = f", nor in {len(empty) - 1} other classes" if len(empty) > 1 else ""
+            formats = ", ".join(images.FORMATS)
+            raise DataError(f"{path / classes[empty[0]]}: no images ({formats}) in it{more}")
+        return [file for file, _ in pairs], labels
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    from torchvision.datasets.folder import find_classes  # 1.2 s
-
+    """The names of the subfolders that are not hidden."""
     if not path.is_dir():
         raise DataError(f"no folder {path}: expected one with a subfolder of images for each class")
-    try:
-        names = tuple(name for name in find_classes(path)[0] if not name.startswith("."))
-    except FileNotFoundError:  # no subfolder
-        names = ()
+    folders = [folder.name for folder in path.iterdir() if folder.is_dir()]
+    names = tuple(sorted(name for name in folders if not name.startswith(".")))
     if len(names) < 2:
         found = f"only {names[0]}" if names else "none"
         raise DataError(
@@ -76,93 +136,11 @@ def _classes(path: Path) -> tuple[str, ...]:
     return names
 
 
-def load_file(
-    file: str, folder: str, classes: tuple[str, ...], val_size: int = 5000, split_seed: int = 43
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The splits in DIR/test, or in DIR/train and DIR/val, as `cifar100.load_file` gives them.
-
-    Args:
-        file: "train" (for the splits train and val) or "test".
-        folder: DIR.
-        classes: the class names that the subfolders must have.
-        val_size: without DIR/val, training images held out for validation; a fifth at most.
-        split_seed: seed of that split alone.
-
-    Raises:
-        DataError: a folder is missing, has other classes, or has too few or unreadable images.
-    """
-    path = Path(folder)
-    files, labels = _list(path / file, classes)
-    if file == "test":
-        return {"test": (_read(files), labels)}
-    if (path / "val").is_dir():
-        val_files, val_labels = _list(path / "val", classes)
-        table = _read(files + val_files)  # both before anything is refused
-        parts = table.split((len(files), len(val_files)))
-        return {"train": (parts[0], labels), "val": (parts[1], val_labels)}
-    if val_size and (
-        single := [n for n, c in zip(classes, labels.bincount(), strict=True) if c < 2]
-    ):
-        raise DataError(
-            f"{path / file / single[0]}: only 1 image, but validation needs one as well; add more, "
-            f"{path / 'val'}, or --data.val_size 0"
-        )
-    table = _read(files)
-    held_out = hold_out(labels.numpy(), val_size, split_seed)
-    index = {"train": ~held_out, "val": held_out}
-    # indexed as (N, 32, 32, 3), so that they stay channels last
-    rows = table.permute(0, 2, 3, 1)
-    return {split: (rows[i].permute(0, 3, 1, 2), labels[i]) for split, i in index.items()}
-
-
-def hold_out(labels: np.ndarray, val_size: int, seed: int) -> torch.Tensor:
-    """Which of the images with labels (N,) are for validation, as (N,) bool.
-
-    `val_size`, but at most a fifth: as many of each class as far as they go, never above half.
-    """
-    n, counts = len(labels), np.bincount(labels)
-    rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
-    order = rng.permutation(n)
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, random within
-    turn = np.arange(n) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, ... in each class
-    free = turn < np.repeat(counts // 2, counts)
-    order, turn = order[free], turn[free]
-    # the first of every class, then the second; of the last turn, random classes
-    order = order[np.lexsort((rng.permutation(len(order)), turn))]
-    found = np.zeros(n, bool)
-    found[order[: min(val_size, max(1, n // 5))]] = True
-    return torch.from_numpy(found)
-
-
-def _list(path: Path, classes: tuple[str, ...]) -> tuple[list[str], Tensor]:
-    """The image files of a split, sorted by class and path, and their labels (N,)."""
-    from torchvision.datasets.folder import make_dataset  # 1.2 s
-
-    found = _classes(path)
-    if found != classes:
-        missing, more = sorted({*classes} - {*found}), sorted({*found} - {*classes})
-        say_missing = f"without {', '.join(missing[:5])}" if missing else ""
-        say_more = f"with {', '.join(more[:5])}" if more else ""
-        differs = " and ".join(filter(None, (say_missing, say_more)))
-        raise DataError(f"{path}: its {len(found)} classes are not the {len(classes)}: {differs}")
-
-    def is_image(file: str) -> bool:
-        hidden = "/." in f"/{Path(file).relative_to(path).as_posix()}"
-        return not hidden and Path(file).suffix.lower() in images.SUFFIXES
-
-    numbers = {name: i for i, name in enumerate(classes)}
-    pairs = make_dataset(path, numbers, is_valid_file=is_image, allow_empty=True)
-    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
-    if empty := [classes[i] for i in (labels.bincount(minlength=len(classes)) == 0).nonzero()]:
-        more = f", nor in {len(empty) - 1} other classes" if empty[1:] else ""
-        raise DataError(f"{path / empty[0]}: no images ({', '.join(images.FORMATS)}) in it{more}")
-    return [file for file, _ in pairs], labels
-
-
 def _read(files: list[str]) -> Tensor:
     """All images as (N, 3, 32, 32) uint8, channels last in memory."""
     table, bad = torch.empty(len(files), 32, 32, 3, dtype=torch.uint8), []
-    for i, file in enumerate(_shown(files)):
+    shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+    for i, file in enumerate(track(files, "reading images", **shown)):
         try:
             table[i] = images.reduce(images.read(file)).permute(1, 2, 0)
         except images.ImageError as error:
@@ -173,23 +151,3 @@ def _read(files: list[str]) -> Tensor:
             f"{len(bad):,} of {len(files):,} images cannot be read: mend or remove them"
         )
     return table.permute(0, 3, 1, 2)
-
-
-def _shown(files: list[str]) -> Iterator[str]:
-    """The files; at a terminal, with a progress bar if they take more than two seconds."""
-    start = time.monotonic()
-    for i, file in enumerate(files):
-        if time.monotonic() - start > 2 and sys.stderr.isatty():
-            shown = {"console": Console(stderr=True), "transient": True}
-            yield from track(files[i:], "reading images", len(files), i, **shown)
-            return
-        yield file
-
-
-def digest(splits: dict[str, tuple[Tensor, Tensor]]) -> str:
-    """The sha256 of the images and labels of some splits."""
-    found = hashlib.sha256()
-    for table, labels in splits.values():
-        found.update(table.permute(0, 2, 3, 1).contiguous().numpy())
-        found.update(labels.numpy())
-    return found.hexdigest()

@@ -56,7 +56,7 @@ class Progress(Callback):
         parameters = sum(p.numel() for p in pl_module.net.parameters())
         count = {split: f"{len(data.sets[split]):,}" for split in ("train", "val")}
         self._print(
-            f"AllCNN, {parameters:,} parameters, on {data.dataset.TITLE}: "
+            f"AllCNN, {parameters:,} parameters, on {data.dataset.title}: "
             f"{count['train']} training and {count['val']} validation images\n"
             f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
             f"{data.hparams.batch_size}, {trainer.world_size} x "
@@ -140,7 +140,7 @@ class Progress(Callback):
                 self._print(f"stopped early: {callback.stopping_reason_message}")
         if best := best_row(run):
             self._print(
-                f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.TITLE}: "
+                f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.title}: "
                 f"val/acc {best['val/acc']:.4f}, top 5 {best['val/top5']:.4f}, "
                 f"loss {best['val/loss']:.4f}"
             )

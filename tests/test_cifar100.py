@@ -150,10 +150,10 @@ def test_order_in_the_file_is_forgotten(tables, official, own_folder):
 
 def test_images_are_channels_last_in_memory(tables, official, own_folder):
     write_binary(tables, "data")
-    images, labels = cifar100.load("val", "data", val_size=500)
-    assert images.dtype == torch.uint8
-    assert labels.dtype == torch.int64
-    assert images.is_contiguous(memory_format=torch.channels_last)
+    for found in cifar100.Official(Path("data")).load("train", val_size=500).values():
+        assert found.images.dtype == torch.uint8
+        assert found.labels.dtype == torch.int64
+        assert found.images.is_contiguous(memory_format=torch.channels_last)
 
 
 DAMAGE = {

@@ -19,14 +19,14 @@ RECORD = 2 + 3 * 32 * 32
 @pytest.fixture(scope="session")
 def real_train(real_data):
     """The splits of the real training file, read once; reading checks that it is the official."""
-    return cifar100.load_file("train", str(real_data))
+    return cifar100.Official(real_data).load("train")
 
 
 def test_constants_are_those_of_the_training_images(real_train):
     count = torch.zeros(3, 256, dtype=torch.long)
-    for images, _ in real_train.values():
+    for split in real_train.values():
         for channel in range(3):
-            count[channel] += images[:, channel].flatten().bincount(minlength=256)
+            count[channel] += split.images[:, channel].flatten().bincount(minlength=256)
     values = torch.arange(256).double() / 255
     weights = count.double() / count.sum(1, keepdim=True)
     mean = weights @ values
@@ -48,8 +48,8 @@ def test_class_names_are_the_data_sets(real_data):
 
 
 def test_the_real_split_is_the_one_of_every_published_number(real_train):
-    assert len(real_train["train"][1]) == 45_000
-    images, labels = real_train["val"]
+    assert len(real_train["train"]) == 45_000
+    images, labels = real_train["val"].images, real_train["val"].labels
     assert labels.bincount().tolist() == [50] * 100
     records = torch.cat([labels[:, None].to(torch.uint8), images.flatten(1)], 1)
     digest = hashlib.sha256(records.numpy()).hexdigest()
@@ -57,16 +57,13 @@ def test_the_real_split_is_the_one_of_every_published_number(real_train):
 
 
 def test_split_is_balanced_and_of_its_own_seed():
-    labels = np.repeat(np.arange(100), 30)
-    train, val = cifar100.split_indices(labels, 500, 43)
+    labels = torch.arange(100).repeat_interleave(30)
+    val = cifar100.hold_out(labels, 500, 43)
     torch.manual_seed(7)
     np.random.seed(7)
-    again = cifar100.split_indices(labels, 500, 43)
-    assert np.array_equal(train, again[0])
-    assert np.array_equal(val, again[1])
-    assert sorted([*train, *val]) == list(range(3000))
-    assert np.bincount(labels[val]).tolist() == [5] * 100
-    assert not np.array_equal(val, cifar100.split_indices(labels, 500, 1)[1])
+    assert np.array_equal(val, cifar100.hold_out(labels, 500, 43))
+    assert labels[val].bincount().tolist() == [5] * 100
+    assert not np.array_equal(val, cifar100.hold_out(labels, 500, 1))
 
 
 # --- the batches

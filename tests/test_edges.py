@@ -13,8 +13,9 @@ import torch
 import yaml
 from conftest import HANGS, RUN, TINY, finish, process, rows
 
-from allconv import cifar100
 from allconv.__main__ import main
+from allconv.cifar100 import RECORD
+from allconv.demo import Demo
 from allconv.model import AllCNN
 
 ONE = [*TINY, "--model.width", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches"]
@@ -117,9 +118,9 @@ def make(path, content=b""):
 
 
 def cut_demo():
-    cifar100.prepare("data", demo=True)
+    Demo(Path("data")).prepare()
     path = Path("data/cifar-100-demo/train.bin")
-    path.write_bytes(path.read_bytes()[: cifar100.RECORD])
+    path.write_bytes(path.read_bytes()[:RECORD])
 
 
 DEMO = "--data.demo true "

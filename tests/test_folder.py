@@ -12,9 +12,11 @@ from conftest import LAST, RUN
 from PIL import Image
 from safetensors.torch import load_file
 
-from allconv import checkpoints, folder, images, load
+from allconv import checkpoints, images, load
 from allconv.__main__ import main
+from allconv.cifar100 import hold_out
 from allconv.data import CIFAR100
+from allconv.folder import ImageFolder
 from allconv.model import AllCNN
 
 FIT = "fit --data.folder pets --model.width 2 --trainer.max_epochs 1".split()
@@ -65,8 +67,8 @@ def test_what_is_hidden_or_no_image_is_ignored(own_folder):
     Path("pets/train/bat/._0.png").write_text("macOS")
     Path("pets/train/notes.txt").write_text("notes")
     Path("pets/train/bat/notes.txt").write_text("notes")
-    found = folder.load_file("train", "pets", folder.describe("pets").CLASSES, 0)
-    assert found["train"][1].bincount().tolist() == [12, 12, 12]
+    found = ImageFolder.at("pets").load("train", 0)
+    assert found["train"].labels.bincount().tolist() == [12, 12, 12]
 
 
 @pytest.mark.parametrize(
@@ -80,16 +82,17 @@ def test_what_is_hidden_or_no_image_is_ignored(own_folder):
     ],
 )
 def test_held_out_images_are_balanced_as_far_as_they_go(counts, val_size, expected):
-    labels = np.repeat(np.arange(len(counts)), counts)
-    found = folder.hold_out(labels, val_size, 43)
-    per_class = np.bincount(labels[found.numpy()], minlength=len(counts)).tolist()
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    found = hold_out(labels, val_size, 43, small=True)
+    per_class = labels[found].bincount(minlength=len(counts)).tolist()
     assert per_class == expected if expected else sum(per_class) == 1
-    assert torch.equal(found, folder.hold_out(labels, val_size, 43))
+    assert np.array_equal(found, hold_out(labels, val_size, 43, small=True))
 
 
 def test_the_split_is_of_its_seed():
-    labels = np.repeat(np.arange(3), 40)
-    assert not torch.equal(folder.hold_out(labels, 9, 43), folder.hold_out(labels, 9, 1))
+    labels = torch.arange(3).repeat_interleave(40)
+    splits = [hold_out(labels, 9, seed, small=True) for seed in (43, 1)]
+    assert not np.array_equal(*splits)
 
 
 def test_every_command_knows_the_classes(own_run, capfd):
@@ -162,7 +165,7 @@ def test_a_thousand_classes(own_folder):
         write(Path(f"many/train/{i:04}"), 2, size=(2, 3))
     main([*FIT, "--data.folder", "many"])
     last = checkpoints.load(LAST)
-    assert (last.hparams["num_classes"], last.dataset.CLASSES[999]) == (1000, "0999")
+    assert (last.hparams["num_classes"], last.dataset.classes[999]) == (1000, "0999")
     main(["validate"])
     main(["report", "--split", "val"])
 

@@ -63,15 +63,15 @@ def test_formats_modes_and_sizes(run, photo, capsys):
 
 
 def test_a_cifar_image_goes_through_unchanged(own_folder):
-    demo.draw(own_folder / "data" / demo.FOLDER)
-    given, _ = cifar100.load("test", demo=True)
+    demo.Demo(Path("data")).prepare()
+    given = demo.Demo(Path("data")).load("test")["test"].images
     for i, image in enumerate(given[:20]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{i}.png")
         assert torch.equal(images.reduce(images.read(f"{i}.png")), image)
 
 
 def test_a_real_cifar_image_goes_through_unchanged(real_data, own_folder):
-    for image in cifar100.load("test", str(real_data))[0][::500]:
+    for image in cifar100.Official(real_data).load("test")["test"].images[::500]:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save("a.png")
         given = normalize(image[None], cifar100.MEAN, cifar100.STD)[0]
         assert torch.equal(images.preprocess("a.png"), given)

@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from allconv import checkpoints, cifar100, images, rundir
+from allconv import checkpoints, images, rundir
 from allconv.__main__ import main
+from allconv.cifar100 import DataError
+from allconv.demo import Demo
 
 EXAMPLES = os.environ.get("ALLCONV_EXAMPLES")
 few = settings(
@@ -80,7 +82,7 @@ def test_any_value_in_a_checkpoint_is_refused_or_left_alone(run, draw):
     torch.save(content, "any.ckpt")
     if found := load("any.ckpt"):
         assert found.net().width == 4
-        assert found.dataset.CLASSES
+        assert found.dataset.classes
 
 
 @few
@@ -97,7 +99,8 @@ def test_any_metadata_of_an_export_is_refused_or_read(metadata, run):
 @given(st.data())
 def test_damaged_data_are_refused_or_read(own_folder, draw):
     """A record form has no checksum; the official files have one (tests/test_cifar100.py)."""
-    cifar100.prepare("data", demo=True)
+    demo = Demo(Path("data"))
+    demo.prepare()
     path, record = Path("data/cifar-100-demo/train.bin"), 3074
     kept = path.with_name("kept")
     if not kept.exists():
@@ -109,11 +112,11 @@ def test_damaged_data_are_refused_or_read(own_folder, draw):
         damaged = damaged[: draw.draw(st.integers(0, count)) * record]
     path.write_bytes(damaged)
     try:
-        sets = [cifar100.load(split, "data", demo=True) for split in ("train", "val")]
-    except cifar100.DataError as error:
+        sets = demo.load("train")
+    except DataError as error:
         assert "train.bin" in str(error) or "val_size" in str(error)
         return
-    assert sum(len(labels) for _, labels in sets) == len(damaged) // record
+    assert sum(map(len, sets.values())) == len(damaged) // record
 
 
 FILES = {

@@ -53,7 +53,6 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     Results are those that the run's files hold for this very checkpoint; others are left out.
     """
     from allconv.cifar100 import MEAN, STD
-    from allconv.folder import title
     from allconv.model import AllCNN
 
     data = checkpoint.data
@@ -69,13 +68,13 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     arguments = inspect.signature(AllCNN).parameters
     metadata = {
         "hparams": {name: checkpoint.hparams[name] for name in arguments},
-        "classes": checkpoint.dataset.CLASSES,
+        "classes": checkpoint.dataset.classes,
         "mean": MEAN,
         "std": STD,
         "epoch": checkpoint.epoch,
         "recipe": checkpoint.config,
         **{key: data.get(key) for key in ("demo", "val_size", "split_seed")},
-        **({"folder": title(data["folder"]), "digest": data.get("digest")} if own else {}),
+        **({"folder": checkpoint.dataset.title, "digest": data.get("digest")} if own else {}),
         "val": _results(row or evaluation.read(checkpoint.folder, "validate", *of), "val"),
         "test": _results(evaluation.read(checkpoint.folder, "test", *of), "test"),
         "version": version("allconv"),

@@ -35,7 +35,7 @@ def predict(
 
     default = "pretrained" if checkpoints.PRETRAINED.is_file() else "best"
     checkpoint = checkpoints.load(checkpoints.find(default if ckpt_path is None else ckpt_path))
-    classes, files = checkpoint.dataset.CLASSES, _files(names)
+    classes, files = checkpoint.dataset.classes, _files(names)
     top = min(5, len(classes)) if top is None else top
     if not 1 <= top <= len(classes):
         raise UsageError(f"top is {top}: it must be from 1 to {len(classes)}")
@@ -45,7 +45,7 @@ def predict(
     rows = [row for row, _ in answers]
     WRITERS[format](rows)
     uncertain = sum(not row["confident"] for row in rows)
-    known = f"{len(classes)} classes of {checkpoint.dataset.TITLE}"
+    known = f"{len(classes)} classes of {checkpoint.dataset.title}"
     done = f"{len(rows):,} of {len(files):,} images classified, {uncertain:,} uncertain"
     say(f"{done}; {known}; weights: {checkpoint.path}")
     if out is not None and rows:
@@ -101,7 +101,7 @@ def _answers(checkpoint, files: list[str], top: int, sheet: int) -> Iterator[tup
             shares, labels = (t.tolist() for t in maps.mean((2, 3)).softmax(1).topk(top))
         for i, (name, image, given) in enumerate(batch):
             best = [
-                {"class": checkpoint.dataset.CLASSES[label], "probability": round(share, 6)}
+                {"class": checkpoint.dataset.classes[label], "probability": round(share, 6)}
                 for label, share in zip(labels[i], shares[i], strict=True)
             ]
             panels = (image, given, maps[i, labels[i][0]].clone()) if sheet > 0 else None

@@ -46,12 +46,12 @@ def check(checkpoints: list["Checkpoint"], out: str | None) -> Path:
     """
     first, last = checkpoints[0], checkpoints[-1]
     data = first.dataset
-    if data.CLASSES != last.dataset.CLASSES:
-        raise UserError(f"A and B know different classes: {data.TITLE} and {last.dataset.TITLE}")
+    if data.classes != last.dataset.classes:
+        raise UserError(f"A and B know different classes: {data.title} and {last.dataset.title}")
     for c in checkpoints:
-        found, expected = c.hparams["num_classes"], len(data.CLASSES)
+        found, expected = c.hparams["num_classes"], len(data.classes)
         if found != expected:
-            raise UserError(f"{c.path}: has {found} classes, but {data.TITLE} has {expected}")
+            raise UserError(f"{c.path}: has {found} classes, but {data.title} has {expected}")
     run = f"{last.run.resolve().name}_" if last.run else ""
     name = f"report_against_{run}{last.path.stem}.html" if checkpoints[1:] else "report.html"
     path = Path(out) if out else first.folder / name
@@ -89,7 +89,7 @@ def report(
     sets = report_statistics.read_images(checkpoints, split, data_dir)
     runs = zip(given, checkpoints, sets, strict=True)
     evaluations = [report_statistics.evaluate(*each) for each in runs]
-    n, title = len(evaluations[0].labels), checkpoints[0].dataset.TITLE
+    n, title = len(evaluations[0].labels), checkpoints[0].dataset.title
     page = report_figures.draw(evaluations, metrics, f"{title}, {split}: {n:,} images")
     if b is not None:
         page |= report_statistics.compare(*evaluations)

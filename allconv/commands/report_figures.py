@@ -52,7 +52,7 @@ def by_class(evaluations: list[Evaluation], title: str) -> Figure:
     """
     axes, data = _axes(title), evaluations[0].checkpoint.dataset
     order = evaluations[0].by_class[members(data)].nanmean(1).nan_to_num().argsort()[:30]
-    y, names = torch.arange(len(order)), list(data.SUPERCLASSES)
+    y, names = torch.arange(len(order)), list(data.superclasses)
     shifts = (0.17, -0.17) if len(evaluations) > 1 else (0,)
     for e, shift, color, mark in zip(evaluations, shifts, (BLUE, VERMILION), "os", strict=False):
         found = 100 * e.by_class[members(data)[order]]
@@ -96,7 +96,7 @@ def overlay(image: Image.Image, share: Tensor) -> Image.Image:
 def cards(index: Tensor, *nets: Evaluation, maps: bool = False) -> list[dict[str, object]]:
     """Images with the answers of the nets; with `maps`, where the first net saw its evidence."""
     a, found = nets[0], []
-    names = a.checkpoint.dataset.CLASSES
+    names = a.checkpoint.dataset.classes
     for i in index.tolist():
         truth, image = a.labels[i].item(), Image.fromarray(a.images[i].permute(1, 2, 0).numpy())
         answers = [(e, e.right[i].item(), names[e.predicted[i]], e.confidence[i]) for e in nets]
@@ -121,7 +121,7 @@ def surest(e: Evaluation, chosen: Tensor, k: int) -> Tensor:
 
 def pairs(e: Evaluation, k: int = 10) -> list[dict[str, object]]:
     """The k pairs of classes that are confused most often, with the most confident errors."""
-    names, found = e.checkpoint.dataset.CLASSES, []
+    names, found = e.checkpoint.dataset.classes, []
     both = (e.matrix + e.matrix.T).triu(1)
     for cell in both.flatten().argsort(descending=True, stable=True)[:k].tolist():
         a, b = divmod(cell, len(both))
@@ -144,7 +144,7 @@ def draw(evaluations: list[Evaluation], metrics: list[list[dict]], title: str) -
     """
     a, *b = evaluations
     data = a.checkpoint.dataset
-    runs = [(e.key if b else data.TITLE, m) for e, m in zip(evaluations, metrics, strict=True) if m]
+    runs = [(e.key if b else data.title, m) for e, m in zip(evaluations, metrics, strict=True) if m]
     training = [curves(rows, name, upright=True) for name, rows in runs]
     share_axes(training)
     lines = {e.key: (e.confidence, e.right) for e in evaluations}
@@ -162,7 +162,7 @@ def draw(evaluations: list[Evaluation], metrics: list[list[dict]], title: str) -
             scaled = (a.logits / a.temperature).softmax(1).amax(1)
             lines = {"as is": lines["A"], f"temperature {a.temperature:.2f}": (scaled, a.right)}
         shown["pairs"] = pairs(a)
-        shown["confusion"] = _svg(confusion(a.matrix, data.CLASSES, data.SUPERCLASSES, title))
+        shown["confusion"] = _svg(confusion(a.matrix, data.classes, data.superclasses, title))
         shown["galleries"] = {
             "Most confident mistakes": cards(surest(a, ~a.right, 12), a, maps=True),
             "Ten random images": cards(sample(len(a.labels)), a, maps=True),

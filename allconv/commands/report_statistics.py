@@ -1,9 +1,9 @@
 """Numbers of `report`: a net's answers, their accuracy and calibration, two nets compared."""
 
 import math
-from dataclasses import dataclass
-from functools import cache, partial
-from types import ModuleType
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from allconv import cifar100, folder, runtime
+from allconv import runtime
 from allconv.augment import normalize
 from allconv.checkpoints import Checkpoint
+from allconv.cifar100 import MEAN, STD
+from allconv.datasets import ImageFolder, Official
 from allconv.errors import UserError
 from allconv.model import AllCNN
 from allconv.plots import readable
@@ -52,23 +54,18 @@ def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None)
     Raises:
         UserError: those of `split` are not the same for both, or there are none.
     """
-    own, demo = "folder" in checkpoints[0].data, checkpoints[0].data.get("demo", False)
-    key = "folder" if own else "data_dir"
-    known = [c.data[key] for c in checkpoints if key in c.data]
-    data_dir = data_dir or [*known, "data"][0]
-    if own:
-        classes = checkpoints[0].dataset.CLASSES
-        load = cache(partial(folder.load_file, folder=data_dir, classes=classes))
-    else:
-        cifar100.prepare(data_dir, demo)
-        load = cache(partial(cifar100.load_file, data_dir=data_dir, demo=demo))
+    known = [c for c in checkpoints if c.data.keys() & {"data_dir", "folder"}]
+    data = (known or checkpoints)[0].dataset
+    data = data if data_dir is None else replace(data, path=Path(data_dir))
+    data.prepare()
+    load = cache(data.load)
     sets = [{} for _ in checkpoints]
     for part in dict.fromkeys(("val", split)):
         file, keys = ("test", ()) if part == "test" else ("train", ("val_size", "split_seed"))
         for found, c in zip(sets, checkpoints, strict=True):
-            images, labels = load(file, **{k: v for k, v in c.data.items() if k in keys})[part]
-            if len(labels):
-                found[part] = images, labels
+            images = load(file, **{k: v for k, v in c.data.items() if k in keys})[part]
+            if len(images):
+                found[part] = images.images, images.labels
     if any(split not in found for found in sets):
         raise UserError("there are no validation images: data.val_size was 0")
     if not torch.equal(sets[0][split][0], sets[-1][split][0]):
@@ -80,7 +77,7 @@ def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None)
 def evidence(net: AllCNN, images: Tensor) -> Tensor:
     """Class evidence maps (N, classes, 8, 8) of uint8 images; their means are the logits."""
     images = images.to(net.conv1[0].weight.device)
-    return net.maps(normalize(images, cifar100.MEAN, cifar100.STD)).cpu()
+    return net.maps(normalize(images, MEAN, STD)).cpu()
 
 
 def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evaluation:
@@ -98,9 +95,9 @@ def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evalua
     return Evaluation(key, checkpoint, net, images, labels, logits, temperature)
 
 
-def members(data: ModuleType | folder.ImageFolder) -> Tensor:
+def members(data: Official | ImageFolder) -> Tensor:
     """Class numbers (superclasses, classes in each)."""
-    return torch.tensor([[data.CLASSES.index(c) for c in g] for g in data.SUPERCLASSES.values()])
+    return torch.tensor([[data.classes.index(c) for c in g] for g in data.superclasses.values()])
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -125,7 +122,7 @@ def results(e: Evaluation) -> dict[str, str]:
         "parameters": f"{sum(p.numel() for p in e.net.parameters()):,}",
         "epochs trained": str(e.checkpoint.epoch or "unknown"),
     }
-    if len(own) == len(e.checkpoint.dataset.CLASSES):  # a folder has no superclasses
+    if len(own) == len(e.checkpoint.dataset.classes):  # a folder has no superclasses
         del found["superclass accuracy"]
     if e.temperature:
         loss, ece = calibration(e.logits / e.temperature, e.labels)
@@ -137,9 +134,9 @@ def results(e: Evaluation) -> dict[str, str]:
 def classes(evaluations: list[Evaluation]) -> list[tuple]:
     """Class, superclass and accuracy of each net: worst first, or what differs most first."""
     data, found = evaluations[0].checkpoint.dataset, []
-    for group, names in data.SUPERCLASSES.items():
+    for group, names in data.superclasses.items():
         for name in names:
-            shares = [e.by_class[data.CLASSES.index(name)].item() for e in evaluations]
+            shares = [e.by_class[data.classes.index(name)].item() for e in evaluations]
             rank = -abs(shares[0] - shares[1]) if shares[1:] else shares[0]
             names_shown = dict.fromkeys((readable(name), readable(group)))  # one without a group
             columns = *names_shown, *(percent(x, 0) for x in shares)

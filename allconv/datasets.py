@@ -1,0 +1,30 @@
+"""Which data set is meant: CIFAR-100, the demo set, or a folder of one's own.
+
+Each has a `title`, its `classes` in the order of the labels, its `superclasses`, `prepare`, which
+gets what is missing, and `load`; see `allconv.cifar100.Official`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from allconv.cifar100 import Official
+from allconv.demo import Demo
+from allconv.folder import ImageFolder
+
+
+def choose(
+    data_dir: str = "data",
+    demo: bool = False,
+    folder: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Official | ImageFolder:
+    """The data set that the data module's arguments of these names mean.
+
+    `classes` are a folder's class names where they are known, as of a checkpoint.
+
+    Raises:
+        DataError: the folder is missing, or has no classes.
+    """
+    if folder is not None:
+        return ImageFolder.at(folder, classes)
+    return Demo(Path(data_dir)) if demo else Official(Path(data_dir))
