@@ -1,4 +1,7 @@
-"""Lightning's checkpoints, exported files, bare weights: found, checked; nothing is executed."""
+"""Lightning's checkpoints, exported files, bare weights: found, checked; nothing is executed.
+
+What is missing, damaged or of another network is a CheckpointError.
+"""
 
 import inspect
 import json
@@ -100,19 +103,17 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         name: "best" or "last" (of the newest run), "pretrained", a file, or a run directory.
         logs: folder of the runs.
         key: the argument, for the message.
-
-    Raises:
-        CheckpointError: there is none.
     """
     name = str(name)
     if name not in ("best", "last"):
         path = PRETRAINED if name == "pretrained" else Path(name)
         if name and path.is_dir():
             path = path / "checkpoints" / "best.ckpt"
-        if not path.is_file():
-            name = name or "empty"
-            raise CheckpointError(f"{key} is {name}: no such file; or best, last, pretrained")
-        return path
+        if path.is_file():
+            return path
+        raise CheckpointError(
+            f"{key} is {name or 'empty'}: no such file; or best, last, pretrained"
+        )
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
@@ -132,9 +133,6 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
     Args:
         path: the file.
         resume: whether training is to go on from it; else it has to be of a trained network.
-
-    Raises:
-        CheckpointError: it cannot be read, is of another network, or not fit for the purpose.
     """
     checkpoint = _load_exported(path) if path.suffix == ".safetensors" else _load_torch(path)
     _check(checkpoint)

@@ -64,7 +64,7 @@ CONTENT = {
 
 
 class DataError(UserError):
-    """A data file is missing, damaged or cannot be downloaded."""
+    """Data are missing, damaged or others than expected, or cannot be downloaded."""
 
 
 @dataclass(eq=False)
@@ -89,10 +89,23 @@ class Images:
         images = self.images.permute(0, 2, 3, 1).index_select(0, index)  # (B, 32, 32, 3)
         return images.permute(0, 3, 1, 2), self.labels.index_select(0, index)
 
-    def split(self, held_out: np.ndarray) -> dict[str, "Images"]:
-        """The splits train and val; `held_out` (N,) says which images are for validation."""
-        parts = {"train": ~held_out, "val": held_out}
-        indices = {name: np.flatnonzero(part) for name, part in parts.items()}
+    def split(self, val_size: int, seed: int, small: bool = False) -> dict[str, "Images"]:
+        """The splits train and val: as many of each class in val as far as they go.
+
+        Of a `small` data set a fifth at most, and never above half of a class, are held out.
+        """
+        rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
+        labels = self.labels.numpy()
+        members = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+        if small:
+            val_size = min(val_size, max(1, len(labels) // 5))
+            members = [own[: len(own) // 2] for own in members]
+        # the first of every class, then the second; of the last turn, random classes
+        turn = np.concatenate([np.arange(len(own)) for own in members])
+        order = np.lexsort((rng.permutation(len(turn)), turn))[:val_size]
+        held_out = np.zeros(len(labels), bool)
+        held_out[np.concatenate(members)[order]] = True
+        indices = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
         return {name: Images(*self.__getitems__(index)) for name, index in indices.items()}
 
 
@@ -106,14 +119,10 @@ class Official:
 
     path: Path = field(compare=False)
     title, classes, superclasses = "CIFAR-100", CLASSES, SUPERCLASSES
-    small = False  # see `hold_out`
+    small = False  # see `Images.split`
 
     def prepare(self) -> None:
-        """Unpack or download what is missing.
-
-        Raises:
-            DataError: an archive is damaged, or the download failed; says what else can be done.
-        """
+        """Unpack or download what is missing; if that fails, say what else can be done."""
         if (self.path / BINARY / "train.bin").exists() or (self.path / PYTHON).is_dir():
             return
         from torchvision.datasets import CIFAR100  # 1.2 s
@@ -145,16 +154,13 @@ class Official:
             file: "train" (which holds the splits train and val) or "test".
             val_size: training images held out for validation.
             split_seed: seed of that split alone.
-
-        Raises:
-            DataError: nothing is there, or what is there is not the data set.
         """
         records = torch.from_numpy(self._read(file))
         pixels = records[:, 1:].reshape(-1, 3, 32, 32)
         images = Images(pixels.contiguous(memory_format=torch.channels_last), records[:, 0].long())
         if file == "test":
             return {"test": images}
-        return images.split(hold_out(images.labels, val_size, split_seed, self.small))
+        return images.split(val_size, split_seed, self.small)
 
     def digest(self, splits: dict[str, Images]) -> str | None:
         """None: the name of the data set says what the images are."""
@@ -187,11 +193,7 @@ class Official:
 
 
 def read_binary(path: Path, count: int | None = None) -> np.ndarray:
-    """Canonical records of a file in the binary form; of any number, if `count` is None.
-
-    Raises:
-        DataError: the size is not that of `count` records, or a label is not of the 100.
-    """
+    """Canonical records of a file in the binary form; of any number, if `count` is None."""
     size = path.stat().st_size if path.is_file() else 0  # a FIFO would wait for ever
     if size == 0 or size % RECORD or (count and size != count * RECORD):
         expected = f"{count * RECORD:,}" if count else f"a multiple of {RECORD:,}"
@@ -226,23 +228,3 @@ def canonical(labels: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Sorted records (N, 3073) of labels (N,) and pixels (N, 3072), in no file's order."""
     records = np.concatenate([labels[:, None], pixels], axis=1)
     return records[np.argsort(records.view(f"V{records.shape[1]}").ravel(), kind="stable")]
-
-
-def hold_out(labels: Tensor, val_size: int, seed: int, small: bool = False) -> np.ndarray:
-    """Which of the images with labels (N,) are for validation, as (N,) bool.
-
-    As many of each class as far as they go. Of a `small` data set at most a fifth, and never above
-    half of a class.
-    """
-    rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
-    labels = labels.numpy()
-    members = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
-    if small:
-        val_size = min(val_size, max(1, len(labels) // 5))
-        members = [own[: len(own) // 2] for own in members]
-    # the first of every class, then the second; of the last turn, random classes
-    turn = np.concatenate([np.arange(len(own)) for own in members])
-    order = np.lexsort((rng.permutation(len(turn)), turn))[:val_size]
-    found = np.zeros(len(labels), bool)
-    found[np.concatenate(members)[order]] = True
-    return found

@@ -82,11 +82,7 @@ class CIFAR100(LightningDataModule):
         self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what the stage needs: test and predict the test file, the others the training file.
-
-        Raises:
-            DataError: a file is missing or damaged, or there are no images to validate on.
-        """
+        """Read the test file for test and predict, for the other stages the training file."""
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
         if file not in self.sets:
             if h.sizes and self.trainer and self.trainer.max_epochs < 0:
@@ -105,16 +101,12 @@ class CIFAR100(LightningDataModule):
         return {"classes": list(self.dataset.classes), "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Refuse to go on with other images.
-
-        Raises:
-            DataError: the images in the folder have changed.
-        """
+        """Refuse to go on with other images."""
         if state.get("digest") != self.digest:
-            raise DataError(
-                f"the images in {self.hparams.folder} are not those that the run was trained with: "
-                "start a new run with --init"
+            what = (
+                f"the images in {self.hparams.folder} are not those that the run was trained with"
             )
+            raise DataError(f"{what}: start a new run with --init")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; the order depends on the seed and the epoch alone."""

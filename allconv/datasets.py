@@ -21,9 +21,6 @@ def choose(
     """The data set that the data module's arguments of these names mean.
 
     `classes` are a folder's class names where they are known, as of a checkpoint.
-
-    Raises:
-        DataError: the folder is missing, or has no classes.
     """
     if folder is not None:
         return ImageFolder.at(folder, classes)

@@ -68,8 +68,7 @@ def read(folder: Path, command: str, checkpoint: str, epoch: int | None) -> dict
         epoch: epochs that it was trained.
 
     Returns:
-        The file's content; {} if it is of another checkpoint, of a part of the images, or carries
-        a remark.
+        The file's content; {} if it is of another checkpoint or carries a remark.
     """
     try:
         path = folder / f"{command}.json"

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from allconv import images
-from allconv.cifar100 import DataError, Images, hold_out
+from allconv.cifar100 import DataError, Images
 from allconv.errors import printable, say
 
 LISTED = 10  # unreadable images that are named
@@ -38,11 +38,7 @@ class ImageFolder:
 
     @classmethod
     def at(cls, folder: str, classes: Sequence[str] | None = None) -> "ImageFolder":
-        """The data set in a folder; its classes are looked up there, unless they are given.
-
-        Raises:
-            DataError: there is none.
-        """
+        """The data set in a folder; its classes are looked up there, unless they are given."""
         path = Path(folder)
         if classes is None:
             if not folder or not path.is_dir():
@@ -64,9 +60,6 @@ class ImageFolder:
         """The splits in DIR/test, or in DIR/train and DIR/val; see `cifar100.Official.load`.
 
         Without DIR/val, `val_size` images of DIR/train, but a fifth at most, are held out.
-
-        Raises:
-            DataError: a folder is missing, has other classes, or has too few or unreadable images.
         """
         own_val = (self.path / "val").is_dir()
         names = ("train", "val") if file == "train" and own_val else (file,)
@@ -80,8 +73,7 @@ class ImageFolder:
                 f"{self.path / file / self.classes[few[0]]}: only 1 image, but validation needs "
                 f"one as well; add more, {self.path / 'val'}, or --data.val_size 0"
             )
-        held_out = hold_out(labels, val_size, split_seed, small=True)
-        return Images(_read(files), labels).split(held_out)
+        return Images(_read(files), labels).split(val_size, split_seed, small=True)
 
     def digest(self, splits: dict[str, Images]) -> str | None:
         """The sha256 of the images and labels of some splits."""

@@ -27,10 +27,8 @@ class ImageError(UserError):
 def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
     """Decode an image file of FORMATS: upright, RGB; a large JPEG at a half to an eighth.
 
-    Of an animation it is the first frame, and `info["animated"]` is true.
-
-    Raises:
-        ImageError: missing, damaged, of another format, or above 89 million pixels.
+    Of an animation it is the first frame, and `info["animated"]` is true. What is missing, damaged,
+    of another format or above 89 million pixels is an ImageError.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # a pipe would block
         raise ImageError("not a regular file" if os.path.exists(file) else "no such file")
@@ -76,9 +74,6 @@ def preprocess(image: str | os.PathLike | BinaryIO | Image.Image | np.ndarray | 
     """A file, a Pillow image, a uint8 array (H, W, 3) or tensor (3, H, W) as the net takes it.
 
     The result is (3, 32, 32) float32, normalized; `[None]` makes it a batch of one.
-
-    Raises:
-        ImageError: it cannot be read, or the array is of another shape or type.
     """
     if isinstance(image, Tensor):
         image = image.movedim(0, -1).cpu().numpy()  # (H, W, 3)

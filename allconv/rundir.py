@@ -1,6 +1,6 @@
 """Run directories, `lightning_logs/version_N/`: found, made, read; and how a file is written.
 
-Imports neither torch nor Lightning.
+Imports neither torch nor Lightning. What is missing or damaged is a RunError.
 """
 
 import contextlib
@@ -35,9 +35,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
         path: where; missing folders are made.
         write: writes the content into an open binary file.
-
-    Raises:
-        RunError: it cannot be written; the file that was there is unchanged.
     """
     # short, so that any name that fits fits beside itself
     beside = path.with_name(f".{os.getpid()}.writing")
@@ -84,11 +81,7 @@ def create(logs: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run directory; a process that was killed holds nothing.
-
-    Raises:
-        RunError: another process is training in it.
-    """
+    """Hold a run directory, unless another process does; one that was killed holds nothing."""
     with (run / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,11 +113,7 @@ def event_files(run: Path) -> list[Path]:
 
 
 def read_rows(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv as they are; [] if there is none.
-
-    Raises:
-        RunError: a row is damaged.
-    """
+    """The rows of a run's metrics.csv as they are; [] if there is none."""
     path, rows = run / "metrics.csv", []
     try:
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -139,11 +128,7 @@ def read_rows(run: Path) -> list[dict[str, str]]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """A run's metrics, one dict an epoch; cells that are not numbers are left out.
-
-    Raises:
-        RunError: metrics.csv is damaged.
-    """
+    """A run's metrics, one dict an epoch; cells that are not numbers are left out."""
     epochs: dict[float, dict[str, float]] = {}
     for row in read_rows(run):
         numbers = {}
@@ -163,11 +148,7 @@ def best_row(run: Path) -> dict[str, float] | None:
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """A YAML file of keys and values, without aliases and at most 40 levels deep.
-
-    Raises:
-        RunError: it is something else, or over 1 MB.
-    """
+    """A YAML file of keys and values, without aliases, at most 40 levels deep and 1 MB large."""
     try:
         if not path.is_file() or path.stat().st_size > 10**6:
             raise ValueError("expected a file of at most 1 MB")
@@ -196,11 +177,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_config(run: Path) -> dict[str, object]:
-    """A run's config.yaml without nulls and without this machine's folders; {} if there is none.
-
-    Raises:
-        RunError: it is damaged.
-    """
+    """A run's config.yaml without nulls and without this machine's folders; {} if there is none."""
     path = run / "config.yaml"
     return _portable(read_yaml(path)) if path.exists() else {}
 

@@ -58,12 +58,16 @@ def test_the_real_split_is_the_one_of_every_published_number(real_train):
 
 def test_split_is_balanced_and_of_its_own_seed():
     labels = torch.arange(100).repeat_interleave(30)
-    val = cifar100.hold_out(labels, 500, 43)
+    images = cifar100.Images(torch.arange(3000).view(-1, 1, 1, 1), labels)
+    train, val = images.split(500, 43).values()
     torch.manual_seed(7)
     np.random.seed(7)
-    assert np.array_equal(val, cifar100.hold_out(labels, 500, 43))
-    assert labels[val].bincount().tolist() == [5] * 100
-    assert not np.array_equal(val, cifar100.hold_out(labels, 500, 1))
+    again = images.split(500, 43)
+    assert torch.equal(train.images, again["train"].images)
+    assert torch.equal(val.images, again["val"].images)
+    assert sorted([*train.images.flatten(), *val.images.flatten()]) == list(range(3000))
+    assert val.labels.bincount().tolist() == [5] * 100
+    assert not torch.equal(val.images, images.split(500, 1)["val"].images)
 
 
 # --- the batches

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from allconv import checkpoints, images, load
 from allconv.__main__ import main
-from allconv.cifar100 import hold_out
+from allconv.cifar100 import Images
 from allconv.data import CIFAR100
 from allconv.folder import ImageFolder
 from allconv.model import AllCNN
@@ -83,16 +83,18 @@ def test_what_is_hidden_or_no_image_is_ignored(own_folder):
 )
 def test_held_out_images_are_balanced_as_far_as_they_go(counts, val_size, expected):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    found = hold_out(labels, val_size, 43, small=True)
-    per_class = labels[found].bincount(minlength=len(counts)).tolist()
+    whole = Images(torch.arange(sum(counts)).view(-1, 1, 1, 1), labels)
+    found = whole.split(val_size, 43, small=True)["val"]
+    per_class = found.labels.bincount(minlength=len(counts)).tolist()
     assert per_class == expected if expected else sum(per_class) == 1
-    assert np.array_equal(found, hold_out(labels, val_size, 43, small=True))
+    assert torch.equal(found.images, whole.split(val_size, 43, small=True)["val"].images)
 
 
 def test_the_split_is_of_its_seed():
     labels = torch.arange(3).repeat_interleave(40)
-    splits = [hold_out(labels, 9, seed, small=True) for seed in (43, 1)]
-    assert not np.array_equal(*splits)
+    whole = Images(torch.arange(120).view(-1, 1, 1, 1), labels)
+    one, other = (whole.split(9, seed, small=True)["val"] for seed in (43, 1))
+    assert not torch.equal(one.images, other.images)
 
 
 def test_every_command_knows_the_classes(own_run, capfd):
