@@ -231,5 +231,5 @@ def _check(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{path}: {name} holds values that are not finite real numbers")
     try:
         checkpoint.net()
-    except (ValueError, RuntimeError) as error:  # torch may name many tensors
+    except (ValueError, RuntimeError, IndexError) as error:  # torch may name many tensors
         raise CheckpointError(f"{path}: {str(error)[:300]}") from None

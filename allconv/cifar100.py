@@ -89,14 +89,23 @@ class Images:
         images = self.images.permute(0, 2, 3, 1).index_select(0, index)  # (B, 32, 32, 3)
         return images.permute(0, 3, 1, 2), self.labels.index_select(0, index)
 
-    def split(self, val_size: int, seed: int, small: bool = False) -> dict[str, "Images"]:
+    def split(
+        self, val_size: int, seed: int, small: bool = False, at_once: bool = False
+    ) -> dict[str, "Images"]:
         """The splits train and val: as many of each class in val as far as they go.
 
-        Of a `small` data set a fifth at most, and never above half of a class, are held out.
+        Args:
+            val_size: images held out for validation.
+            seed: seed of the split.
+            small: hold out a fifth at most, and never above half of a class.
+            at_once: shuffle all images at once instead of class by class: another split.
         """
         rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
         labels = self.labels.numpy()
-        members = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+        order = rng.permutation(len(labels)) if at_once else np.arange(len(labels))
+        members = [order[labels[order] == c] for c in np.unique(labels)]
+        if not at_once:
+            members = [rng.permutation(own) for own in members]
         if small:
             val_size = min(val_size, max(1, len(labels) // 5))
             members = [own[: len(own) // 2] for own in members]

@@ -35,9 +35,6 @@ class CIFAR100(LightningDataModule):
         demo: use a small synthetic data set instead: no download, and no real results.
         folder: use images of your own instead, one subfolder per class: FOLDER/train/CLASS/IMAGE,
             FOLDER/test for `test`, and optionally FOLDER/val instead of val_size training images.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
 
     eval_batch_size = 500

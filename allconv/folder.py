@@ -73,7 +73,7 @@ class ImageFolder:
                 f"{self.path / file / self.classes[few[0]]}: only 1 image, but validation needs "
                 f"one as well; add more, {self.path / 'val'}, or --data.val_size 0"
             )
-        return Images(_read(files), labels).split(val_size, split_seed, small=True)
+        return Images(_read(files), labels).split(val_size, split_seed, small=True, at_once=True)
 
     def digest(self, splits: dict[str, Images]) -> str | None:
         """The sha256 of the images and labels of some splits."""

@@ -19,6 +19,7 @@ from allconv.data import CIFAR100
 from allconv.folder import ImageFolder
 from allconv.model import AllCNN
 
+FOLDERS = {"small": True, "at_once": True}  # how a folder is split
 FIT = "fit --data.folder pets --model.width 2 --trainer.max_epochs 1".split()
 
 
@@ -84,16 +85,16 @@ def test_what_is_hidden_or_no_image_is_ignored(own_folder):
 def test_held_out_images_are_balanced_as_far_as_they_go(counts, val_size, expected):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     whole = Images(torch.arange(sum(counts)).view(-1, 1, 1, 1), labels)
-    found = whole.split(val_size, 43, small=True)["val"]
+    found = whole.split(val_size, 43, **FOLDERS)["val"]
     per_class = found.labels.bincount(minlength=len(counts)).tolist()
     assert per_class == expected if expected else sum(per_class) == 1
-    assert torch.equal(found.images, whole.split(val_size, 43, small=True)["val"].images)
+    assert torch.equal(found.images, whole.split(val_size, 43, **FOLDERS)["val"].images)
 
 
 def test_the_split_is_of_its_seed():
     labels = torch.arange(3).repeat_interleave(40)
     whole = Images(torch.arange(120).view(-1, 1, 1, 1), labels)
-    one, other = (whole.split(9, seed, small=True)["val"] for seed in (43, 1))
+    one, other = (whole.split(9, seed, **FOLDERS)["val"] for seed in (43, 1))
     assert not torch.equal(one.images, other.images)
 
 
