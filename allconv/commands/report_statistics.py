@@ -56,7 +56,8 @@ def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None)
     """
     known = [c for c in checkpoints if c.data.keys() & {"data_dir", "folder"}]
     data = (known or checkpoints)[0].dataset
-    data = data if data_dir is None else replace(data, path=Path(data_dir))
+    if data_dir:
+        data = replace(data, path=Path(data_dir))
     data.prepare()
     load = cache(data.load)
     sets = [{} for _ in checkpoints]
