@@ -26,6 +26,7 @@ RESUMABLE = {
     **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
     "pytorch-lightning_version": str,
 }
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 ARGUMENTS = {name: p.default for name, p in inspect.signature(AllCNN).parameters.items()}
 # of the data module's arguments and state, those that tell on what a network was trained
 DATA = {
@@ -226,8 +227,8 @@ def _check(checkpoint: Checkpoint) -> None:
     if {"classes", "folder"} & {*checkpoint.data} and not len(text) == len(names) == len(last):
         raise CheckpointError(f"{path}: does not name its {len(last)} classes")
     for name, value in weights.items():
-        plain = value.layout is torch.strided and not value.is_quantized
-        if not plain or value.is_complex() or not value.isfinite().all():
+        plain = value.layout is torch.strided and not value.is_meta and value.dtype in DTYPES
+        if not plain or not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite real numbers")
     try:
         checkpoint.net()
