@@ -39,8 +39,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         RunError: it cannot be written; the file that was there is unchanged.
     """
-    # short, so that any name that fits fits beside itself
-    beside = path.with_name(f".{os.getpid()}.writing")
+    # short, so that any name that fits fits beside itself; random, since two machines or
+    # containers that share a folder may have the same process numbers
+    beside = path.with_name(f".{os.urandom(4).hex()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:

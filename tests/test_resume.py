@@ -23,6 +23,7 @@ from conftest import (
 )
 
 from allconv.__main__ import main
+from allconv.rundir import write_whole
 
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
@@ -180,8 +181,8 @@ def kept(run):
 def test_longer_is_the_same_run_with_one_flag_and_files_are_replaced_whole(run, capfd):
     links = kept(run)
     before = {path: path.read_bytes() for path in links}
-    for folder in (run, run / "checkpoints"):  # what a kill in a write left; there is no such PID
-        (folder / f".{2**22 + 1}.writing").write_bytes(b"half of it")
+    for folder in (run, run / "checkpoints"):  # what a kill in a write left
+        (folder / ".1234abcd.writing").write_bytes(b"half of it")
     main([*RESUME, "--trainer.max_epochs", "4"])
     assert "changed:" not in capfd.readouterr().out  # milestones: the epochs so far are the same
     main(["test", "--ckpt_path", "last"])
@@ -225,6 +226,19 @@ def test_a_write_that_is_killed_keeps_the_file_before(own_folder):
     running.communicate(timeout=HANGS)
     assert running.returncode == -signal.SIGKILL
     assert Path("file").read_text() == "before"
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(own_folder):
+    """As two containers do that draw the demo set into one folder, with the same process number."""
+
+    def write(file):
+        file.write(b"first ")
+        write_whole(Path("file"), lambda other: other.write(b"the other's"))
+        file.write(b"and last")
+
+    write_whole(Path("file"), write)
+    assert Path("file").read_text() == "first and last"
+    assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
