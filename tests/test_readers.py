@@ -1,6 +1,7 @@
 """Whatever a file holds, a reader takes it or refuses it with its own error.
 
-By hand, with many examples: ALLCONV_EXAMPLES=5000 pytest -n 0 -s tests/test_readers.py
+By hand, with many examples and their numbers:
+ALLCONV_EXAMPLES=5000 pytest -n 0 --hypothesis-show-statistics tests/test_readers.py
 """
 
 import io
