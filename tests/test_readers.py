@@ -190,7 +190,7 @@ values = st.one_of(
 )
 
 
-@settings(few, max_examples=25)
+@settings(few, max_examples=int(EXAMPLES or 25))
 @given(key=st.sampled_from(KEYS), value=values)
 def test_any_value_is_taken_or_refused_in_one_line(key, value, own_folder, capfd):
     with pytest.raises(SystemExit) as end:
