@@ -18,6 +18,7 @@ from conftest import (
     TINY,
     assert_same_checkpoint,
     assert_same_run,
+    finish,
     process,
     rows,
 )
@@ -127,6 +128,19 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     for part in ("net.conv9", "[1, 4, 32, 32]", "[1, 8, 16, 16]", "[1, 16, 8, 8]", "7.3 K"):
         assert part in error
     assert "MulticlassAccuracy" not in error
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [("SystemExit(143)", 143), pytest.param("KeyboardInterrupt", 130, marks=SLOW)]
+)
+def test_a_signal_while_a_library_is_loaded_ends_with_its_code(stop, code, own_folder):
+    """A C extension makes an ImportError of what a signal raises: seen with matplotlib's."""
+    Path("strike.py").write_text(
+        "import lightning.pytorch\nclass Strike(lightning.pytorch.Callback):\n"
+        f"    def on_train_batch_end(self, *_): raise ImportError('failed') from {stop}\n"
+    )
+    said = finish(*TINY, "--trainer.callbacks+=strike.Strike", expected=code)
+    assert said.splitlines()[-1].startswith("allconv: ")
 
 
 @SLOW
