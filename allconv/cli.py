@@ -1,7 +1,6 @@
 """LightningCLI for fit, validate and test: the one place where the parts meet."""
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from allconv import callbacks, checkpoints, datasets, evaluation, rundir, runtime, settings
 from allconv.data import CIFAR100
-from allconv.errors import DISK_ERRORS, StoppedError, UsageError, UserError
+from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
 from allconv.progress import run_directory
 from allconv.task import Classifier
@@ -201,7 +200,8 @@ class CLI(LightningCLI):
     def _run(self, **kwargs) -> None:
         """Run the trainer; Lightning exits with 1 after Ctrl-C and 0 after SIGTERM."""
         try:
-            getattr(self.trainer, self.subcommand)(weights_only=True, **kwargs)
+            with runtime.stops():
+                getattr(self.trainer, self.subcommand)(weights_only=True, **kwargs)
         except Exception as error:
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
@@ -211,7 +211,7 @@ class CLI(LightningCLI):
                     raise UserError(f"rank {rank} ended with code {child.returncode}") from None
             # Lightning looks for the metric of EarlyStopping when the first epoch has ended
             late = started and "conditioned on metric" not in str(error)
-            output = isinstance(error, OSError) and error.errno in (*DISK_ERRORS, errno.EPIPE)
+            output = isinstance(error, OSError) and error.errno in OUTPUT_ERRORS
             if late or output or isinstance(error, UserError):
                 raise
             # settings that cannot work, or a checkpoint that cannot be used

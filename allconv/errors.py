@@ -17,6 +17,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+OUTPUT_ERRORS = (*DISK_ERRORS, errno.EPIPE)
 
 
 class UserError(ValueError):

@@ -36,8 +36,9 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         path: where; missing folders are made.
         write: writes the content into an open binary file.
     """
-    # short, so that any name that fits fits beside itself
-    beside = path.with_name(f".{os.getpid()}.writing")
+    # short, so that any name that fits fits beside itself; random, since two machines or
+    # containers that share a folder may have the same process numbers
+    beside = path.with_name(f".{os.urandom(4).hex()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:

@@ -1,5 +1,6 @@
 """What fit, validate and test set in their process: signals, memory, less noise."""
 
+import contextlib
 import ctypes
 import logging
 import re
@@ -7,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 
 # Lightning's messages that repeat what `Progress` says, or advertise
 NOISE = re.compile(
@@ -40,6 +42,20 @@ def prepare() -> None:
         warnings.filterwarnings("ignore", message)
     threading.excepthook = _thread_error
     keep_memory()
+
+
+@contextlib.contextmanager
+def stops() -> Iterator[None]:
+    """Raise again what a signal raised: a C extension that is being loaded makes it an ImportError.
+
+    matplotlib loads its backend when the first figure is drawn.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if isinstance(error.__cause__, SystemExit | KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
 
 
 def keep_memory() -> None:

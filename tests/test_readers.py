@@ -1,6 +1,7 @@
 """Whatever a file holds, a reader takes it or refuses it with its own error.
 
-By hand, with many examples: ALLCONV_EXAMPLES=5000 pytest -n 0 -s tests/test_readers.py
+By hand, with many examples and their numbers:
+ALLCONV_EXAMPLES=5000 pytest -n 0 --hypothesis-show-statistics tests/test_readers.py
 """
 
 import io
@@ -192,7 +193,7 @@ values = st.one_of(
 )
 
 
-@settings(few, max_examples=25)
+@settings(few, max_examples=int(EXAMPLES or 25))
 @given(key=st.sampled_from(KEYS), value=values)
 def test_any_value_is_taken_or_refused_in_one_line(key, value, own_folder, capfd):
     with pytest.raises(SystemExit) as end:

@@ -18,11 +18,13 @@ from conftest import (
     TINY,
     assert_same_checkpoint,
     assert_same_run,
+    finish,
     process,
     rows,
 )
 
 from allconv.__main__ import main
+from allconv.rundir import write_whole
 
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
@@ -128,6 +130,19 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     assert "MulticlassAccuracy" not in error
 
 
+@pytest.mark.parametrize(
+    ("stop", "code"), [("SystemExit(143)", 143), pytest.param("KeyboardInterrupt", 130, marks=SLOW)]
+)
+def test_a_signal_while_a_library_is_loaded_ends_with_its_code(stop, code, own_folder):
+    """A C extension makes an ImportError of what a signal raises: seen with matplotlib's."""
+    Path("strike.py").write_text(
+        "import lightning.pytorch\nclass Strike(lightning.pytorch.Callback):\n"
+        f"    def on_train_batch_end(self, *_): raise ImportError('failed') from {stop}\n"
+    )
+    said = finish(*TINY, "--trainer.callbacks+=strike.Strike", expected=code)
+    assert said.splitlines()[-1].startswith("allconv: ")
+
+
 @SLOW
 @pytest.mark.parametrize("pause", [0.0001, 0.05])
 def test_ctrl_c_twice_is_ctrl_c(pause, own_folder):
@@ -180,8 +195,8 @@ def kept(run):
 def test_longer_is_the_same_run_with_one_flag_and_files_are_replaced_whole(run, capfd):
     links = kept(run)
     before = {path: path.read_bytes() for path in links}
-    for folder in (run, run / "checkpoints"):  # what a kill in a write left; there is no such PID
-        (folder / f".{2**22 + 1}.writing").write_bytes(b"half of it")
+    for folder in (run, run / "checkpoints"):  # what a kill in a write left
+        (folder / ".1234abcd.writing").write_bytes(b"half of it")
     main([*RESUME, "--trainer.max_epochs", "4"])
     assert "changed:" not in capfd.readouterr().out  # milestones: the epochs so far are the same
     main(["test", "--ckpt_path", "last"])
@@ -225,6 +240,19 @@ def test_a_write_that_is_killed_keeps_the_file_before(own_folder):
     running.communicate(timeout=HANGS)
     assert running.returncode == -signal.SIGKILL
     assert Path("file").read_text() == "before"
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(own_folder):
+    """As two containers do that draw the demo set into one folder, with the same process number."""
+
+    def write(file):
+        file.write(b"first ")
+        write_whole(Path("file"), lambda other: other.write(b"the other's"))
+        file.write(b"and last")
+
+    write_whole(Path("file"), write)
+    assert Path("file").read_text() == "first and last"
+    assert [path.name for path in Path().iterdir()] == ["file"]
 
 
 def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
