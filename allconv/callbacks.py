@@ -188,6 +188,7 @@ class Predictions(Callback):
             save(sheet, self.folder / f"{what}.png", 120)
             save(confusion, self.folder / f"{what}_confusion.png", 120)
         else:
+            confusion.set_size_inches(6, 5.4)  # labels that can be read at 350 pixels
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)
             board.add_figure("confusion", confusion, step)
