@@ -43,8 +43,9 @@ class Progress(Callback):
 
     def _print(self, text: str) -> None:
         if self.bar:
-            # rich would break a command into two lines, and it would be copied as two
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            # a command that rich broke into two lines would be copied as two
+            whole = "python -m" in text
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=whole)
         else:
             print(text, flush=True)
 
