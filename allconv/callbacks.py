@@ -102,7 +102,7 @@ class StepLoss(Callback):
         every = trainer.log_every_n_steps
         if not trainer.is_last_batch and (not every or (batch_idx + 1) % every):
             return
-        loss = outputs["loss"].item()
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided
         for logger in trainer.loggers:
             if not isinstance(logger, Table):  # metrics.csv has a row per epoch
                 logger.log_metrics({"train/loss_step": loss}, trainer.global_step - 1)
