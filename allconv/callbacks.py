@@ -102,7 +102,7 @@ class StepLoss(Callback):
         every = trainer.log_every_n_steps
         if not trainer.is_last_batch and (not every or (batch_idx + 1) % every):
             return
-        loss = outputs["loss"].item()
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided
         for logger in trainer.loggers:
             if not isinstance(logger, Table):  # metrics.csv has a row per epoch
                 logger.log_metrics({"train/loss_step": loss}, trainer.global_step - 1)
@@ -188,6 +188,7 @@ class Predictions(Callback):
             save(sheet, self.folder / f"{what}.png", 120)
             save(confusion, self.folder / f"{what}_confusion.png", 120)
         else:
+            confusion.set_size_inches(6, 5.4)  # labels that can be read at 350 pixels
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)
             board.add_figure("confusion", confusion, step)

@@ -139,7 +139,7 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
     _check(checkpoint)
     if resume and not checkpoint.resumable:
         raise CheckpointError(f"{path}: weights alone cannot be resumed; use --init")
-    if checkpoint.epoch == 0 and not resume:
+    if checkpoint.epoch == checkpoint.step == 0 and not resume:
         raise CheckpointError(f"{path}: stopped in its first epoch, so it is not trained yet")
     return checkpoint
 

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -107,7 +107,8 @@ class OneLineErrors:
     classes: tuple[str, ...] = ()  # that may be named by a value
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # keys are exact
+        # the parser of a named class has no name of its own; keys are exact
+        super().__init__(*args, **{"prog": "allconv", "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with 2."""
@@ -121,10 +122,31 @@ class OneLineErrors:
             line = f"{no_class[1]}no class {no_class[2]}"
         if names:
             unknown = [word.strip("\"'") for word in words if word.strip("\"'") not in names]
-            near = [m for word in unknown for m in difflib.get_close_matches(word, names, 1)]
+            near = [match for word in unknown for match in _near(word, names)]
             line += f"; did you mean {near[0]}?" if near else ""
+        elif union := re.match(
+            r"(.*?)Does not validate .* Errors: - Expected a (.*) Given value type: .*: (.*)", line
+        ):
+            kinds = union[2].replace("typing.", "").split(" - Expected a ")
+            kinds = [re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", kind) for kind in kinds]
+            line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
         end(2, line)
+
+
+def _near(word: str, names: Iterable[str]) -> list[str]:
+    """Names that begin or end like the word, as --model.lr does for --lr, or the most similar."""
+    names = sorted(names, key=lambda name: (len(name), name))
+    begin = [name for name in names if name.startswith(word)]
+    end = [name for name in names if name.startswith("-") and name.endswith(word.lstrip("-"))]
+    return begin or end or difflib.get_close_matches(word, names, 1)
 
 
 class Parser(OneLineErrors, ArgumentParser):
     """Parser of the commands that need no Trainer."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Call a missing flag what the help calls it."""
+        for action in self._actions:
+            if action.option_strings and message.endswith(f"are required: {action.dest}"):
+                message = message.replace(f": {action.dest}", f": {action.option_strings[-1]}")
+        super().error(message, ex)

@@ -89,7 +89,8 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers[2:]:  # the user's
             logger.log_hyperparams(yaml.safe_load(text))
         board.add_text("configuration", "\n".join("    " + line for line in text.splitlines()))
-        chart = ["Multiline", ["train/loss", "val/loss"]]
+        # TensorBoard takes them for regular expressions: train/loss alone finds loss_step too
+        chart = ["Multiline", ["^train/loss$", "^val/loss$"]]
         board.add_custom_scalars({"loss": {"training and validation": chart}})
 
     @rank_zero_only

@@ -153,6 +153,7 @@ def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[st
     for edge in ends[:-1].tolist() if len(groups) < len(names) else ():
         axes.axhline(edge - 0.5, color="white", lw=0.3)
         axes.axvline(edge - 0.5, color="white", lw=0.3)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.suptitle(title, fontsize="medium")
     figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
     return figure

@@ -34,21 +34,25 @@ class Progress(Callback):
         self.bar = None
         if bar:
             columns = ["{task.description}", MofNCompleteColumn(), "{task.fields[text]}"]
-            if Console().width >= 100:
+            self.rate = "/s "
+            if Console().width >= 120:
                 columns.insert(1, BarColumn(20))
+                self.rate = " images/s, left "
             self.bar = Bar(*columns, transient=True)
         self.best, self.validated = 0.0, ""
 
     def _print(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, highlight=False, markup=False)
+            # a command that rich broke into two lines would be copied as two
+            whole = "python -m" in text
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=whole)
         else:
             print(text, flush=True)
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will run, and on what."""
-        self.start, self.first, self.loss = time.monotonic(), trainer.current_epoch, None
+        self.start, self.first = time.monotonic(), trainer.current_epoch
         self.timed = self.done = 0  # batches since `start`, and of the whole session
         run, data = run_directory(trainer), trainer.datamodule
         if self.first and run and (best := best_row(run)):
@@ -68,6 +72,10 @@ class Progress(Callback):
             self.bar.start()
             self.task = self.bar.add_task("", text="")
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the running mean of the loss."""
+        self.losses = []
+
     @rank_zero_only
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Move the bar; after the first 20 steps, estimate how long the run will take."""
@@ -78,15 +86,16 @@ class Progress(Callback):
             epochs, left = trainer.max_epochs - self.first, self._left(trainer)
             self._print(f"about {left} for {epochs} epochs at {images:,.0f} images/s\n{HEAD}")
         if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # each look waits for the device
-            loss = outputs["loss"].item()
-            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+            self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+            epoch, run = (batches - done) * self._seconds(), self._left(trainer)
             self.bar.update(
                 self.task,
                 description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
                 completed=done,
                 total=batches,
-                text=f"loss {self.loss:.2f}{self.validated}  {images:,.0f}/s  "
-                f"{_duration((batches - done) * self._seconds())}/{self._left(trainer)}",
+                text=f"loss {sum(self.losses) / len(self.losses):.2f}{self.validated} "
+                f"{images:,.0f}{self.rate}{_short(_duration(epoch))}/{_short(run)}",
+                refresh=True,
             )
         if self.done == 5:  # the first steps are slower
             self.start, self.timed = time.monotonic(), 0
@@ -104,6 +113,12 @@ class Progress(Callback):
         return _duration(left * self._seconds())
 
     @rank_zero_only
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why the bar stands still."""
+        if self.bar and not trainer.sanity_checking:
+            self.bar.update(self.task, text=f"validating{self.validated}", refresh=True)
+
+    @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line for the epoch."""
         if not trainer.is_last_batch:
@@ -114,7 +129,7 @@ class Progress(Callback):
             loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
             self.best = max(self.best, acc)
             columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
-            self.validated = f"  val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
+            self.validated = f" val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
         self._print(
             f"{done:5d}  {metrics['train/loss']:10.4f}  {columns}  {metrics['lr']:8.4g}  "
             f"{self._left(trainer):>9}"
@@ -160,3 +175,7 @@ class Progress(Callback):
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=max(0, round(seconds))))
+
+
+def _short(duration: str) -> str:
+    return duration.removeprefix("0:")  # 80 columns are few

@@ -5,6 +5,7 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import callbacks, loggers
@@ -40,6 +41,17 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors of one line."""
 
     classes = (*callbacks.__all__, *loggers.__all__)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say where to find what other projects with LightningCLI have elsewhere."""
+        if re.search(r"--(optimizer|lr_scheduler)\b", message):
+            message = (
+                "--optimizer and --lr_scheduler are settings of the model here: --model.lr, "
+                "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
+            )
+        elif "arguments are required" in message:  # of a class that was named
+            message += " (a class's own come after it: --trainer.callbacks.monitor=val/acc)"
+        super().error(message, ex)
 
 
 def split(args: list[str]) -> list[str]:

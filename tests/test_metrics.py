@@ -8,6 +8,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
 from allconv.__main__ import main
@@ -230,3 +231,20 @@ def test_averaged_weights_are_resumed_exactly_and_evaluated(own_folder, monkeypa
     expected = evaluate(RUN / "checkpoints/last.ckpt", "val")
     assert rows()[-1]["val/loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert written(RUN, "validate")["val/loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def test_loss_of_a_step_is_not_that_which_lightning_divided(own_folder):
+    main([*NOTED, "--trainer.accumulate_grad_batches", "3", "--trainer.log_every_n_steps", "2"])
+    board = EventAccumulator(str(RUN)).Reload().Scalars("train/loss_step")
+    losses = [float(line.split()[2]) for line in Path("losses.txt").read_text().splitlines()]
+    # the second, fourth ... and the last of 11 batches, in each of two epochs
+    expected = [loss for i, loss in enumerate(losses) if i % 11 % 2 or i % 11 == 10]
+    assert [event.value for event in board] == pytest.approx(expected)
+
+
+def test_best_within_the_first_epoch_is_tested(own_folder, capfd):
+    """Validated after the eighth of 11 batches only."""
+    main([*FIT, "--trainer.max_epochs", "1", "--trainer.val_check_interval", "8"])
+    assert "next: python -m allconv test" in capfd.readouterr().out
+    main(["test"])
+    assert (RUN / "test.json").is_file()
