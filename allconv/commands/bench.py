@@ -69,6 +69,6 @@ def bench(
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv bench", description=bench.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv bench")
     parser.add_function_arguments(bench)
     bench(**parser.parse_args(args).as_dict())

@@ -134,6 +134,6 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv export", description=export.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv export")
     parser.add_function_arguments(export)
     export(**parser.parse_args(args).as_dict())

@@ -104,7 +104,7 @@ def report(
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv report", description=report.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv report")
     text = "best, last, pretrained, a checkpoint file, or a run directory (its best.ckpt)."
     parser.add_argument("a", nargs="?", default="best", help=text)
     parser.add_argument("b", nargs="?", type=str | None, help="Another one, to compare a with.")
