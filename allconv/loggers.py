@@ -79,12 +79,15 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The configuration as a file and as text, and both losses on one chart."""
-        path = run_directory(trainer) / "config.yaml"
         text = self.parser.dump(self.config, skip_none=False)
         # a torch.device, for one: what jsonargparse puts before its text
         text = text.replace("Unable to serialize instance ", "")
-        if not path.is_file() or path.read_text("utf-8") != text:
-            write_text(path, text)
+        # for `runs`; Lightning's logger writes its own hparams.yaml only where there is none
+        changed = self.parser.dump(self.config, skip_default=True)
+        for name, content in (("config.yaml", text), ("hparams.yaml", changed)):
+            path = run_directory(trainer) / name
+            if not path.is_file() or path.read_text("utf-8") != content:
+                write_text(path, content)
         board = trainer.loggers[0].experiment
         for logger in trainer.loggers[2:]:  # the user's
             logger.log_hyperparams(yaml.safe_load(text))

@@ -184,8 +184,7 @@ def kept(run):
     """Hard links of a run's files; they hold the old content if a file is replaced as a whole."""
     links = {}
     for path in run.rglob("*"):
-        # the events are appended to; TensorBoard's hparams.yaml is read by nobody
-        if path.is_file() and not path.name.startswith(("events.", "hparams.")):
+        if path.is_file() and not path.name.startswith("events."):  # they are appended to
             links[path] = Path("kept") / path.name
             links[path].parent.mkdir(exist_ok=True)
             os.link(path, links[path])

@@ -5,6 +5,7 @@ rounds, and a ratio that of each round's ratio: the speed of a busy machine chan
 lightning_logs/README.md says what the ratios are.
 """
 
+import json as json_format
 import os
 import platform
 import subprocess
@@ -12,7 +13,6 @@ import sys
 import tempfile
 from datetime import datetime
 from importlib.metadata import version
-from json import dumps, loads
 from pathlib import Path
 from statistics import median
 
@@ -49,28 +49,26 @@ def bench(
             process = subprocess.run(command, stdout=subprocess.PIPE)
         if process.returncode:
             sys.exit(process.returncode)  # it has said why
-        rounds.append(loads(process.stdout.splitlines()[-1]))
+        rounds.append(json_format.loads(process.stdout.splitlines()[-1]))
         say(f"round {i + 1} of {repeats} is done")
     machine = f"{rounds[0].pop('device')} on {platform.machine()}, {os.cpu_count()} cores"
-    samples = {name: [values[name] for values in rounds] for name in rounds[0]}
-    result = {
-        **{name: median(values) for name, values in samples.items()},
-        "spread": {name: [min(values), max(values)] for name, values in samples.items()},
-        **{"rounds": repeats, "width": width, "batch_size": batch_size, "demo": demo},
-        "machine": machine,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "lightning")},
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    print(f"width {width}, batch {batch_size}, {machine}, {date}")
+    result = {"rounds": repeats, "width": width, "batch_size": batch_size, "demo": demo}
+    result |= {"machine": machine, "date": date, "spread": {}}
+    result["versions"] = {name: version(name) for name in ("torch", "torchvision", "lightning")}
+    for name in rounds[0]:
+        values = [found[name] for found in rounds]
+        result[name] = middle = median(values)
+        result["spread"][name] = low, high = min(values), max(values)
+        digits = 0 if middle > 999 else 2
+        print(f"{name:27}{middle:7.{digits}f}  ({low:.{digits}f} - {high:.{digits}f})")
     if json:
-        write_text(Path(json), dumps(result, indent=2) + "\n")
-    print("width {width}, batch {batch_size}, {machine}, {date}".format(**result))
-    for name in samples:
-        values = [f"{x:.{0 if x > 999 else 2}f}" for x in (result[name], *result["spread"][name])]
-        print("{:27}{:>7}  ({} - {})".format(name, *values))
+        write_text(Path(json), json_format.dumps(result, indent=2) + "\n")
 
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv bench", description=bench.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv bench")
     parser.add_function_arguments(bench)
     bench(**parser.parse_args(args).as_dict())

@@ -1,6 +1,5 @@
 """A round of `python -m allconv bench`: the real fit, then what it is compared with."""
 
-import copy
 import json
 import resource
 import sys
@@ -10,9 +9,10 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import Callback
 from torch.nn.functional import conv2d, cross_entropy
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor
+from torchvision import datasets
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from allconv import cli, errors
 from allconv.augment import normalize
@@ -38,7 +38,8 @@ def main() -> None:
     """Fit with the flags of the command line, measure the contenders, and print the figures."""
     with errors.command():
         cli.main(FIT.split() + sys.argv[1:])  # first: fit also sets how memory is handled
-    found = Laps.found | _pipelines(Laps.data)
+    task, data = Laps.trainer.lightning_module, Laps.trainer.datamodule
+    found = Laps.found | _steps(task, data.hparams.batch_size) | _pipelines(data)
     best = max(found["torchvision_0_images_s"], found["torchvision_2_images_s"])
     ratios = {
         "fraction_of_matmul": found["step_gflop_s"] / found["matmul_gflop_s"],
@@ -51,27 +52,21 @@ def main() -> None:
 
 
 class Laps(Callback):
-    """Times the start and the training part of the last epoch; measures the steps right after."""
+    """Times the start, and the training part of the last epoch."""
 
-    data, found = None, {}
+    trainer, found = None, {}
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
         """Begin the training part."""
         Laps.found.setdefault("first_step_after_imports_s", time.time() - IMPORTED)
-        self.start = _now()
+        Laps.trainer, self.start = trainer, _now()
 
     def on_validation_start(self, trainer, pl_module) -> None:
         """End the training part."""
-        seconds, Laps.data = _now() - self.start, trainer.datamodule
-        if trainer.current_epoch == 0:  # it warms up
-            return
-        size = Laps.data.hparams.batch_size
+        images, seconds = BATCHES * trainer.datamodule.hparams.batch_size, _now() - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Laps.found["fit_images_s"] = images / seconds
         Laps.found["peak_rss_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
-        Laps.found["fit_images_s"] = BATCHES * size / seconds
-        # at once: the speed of a busy machine changes
-        with torch.inference_mode(False), torch.enable_grad():
-            Laps.found |= _steps(copy.deepcopy(pl_module), size)
 
 
 def _now() -> float:
@@ -103,10 +98,9 @@ def _step(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
 
 
 def _steps(task: Classifier, size: int) -> dict[str, float]:
-    """Our bare step on a copy of the trained task, a matrix product, and the notebook's step."""
+    """Our bare step with the trained net, a matrix product, and the notebook's step."""
     images = torch.randn(size, 3, 32, 32).to(memory_format=torch.channels_last)
-    groups = parameter_groups(task.train().net, task.hparams)
-    task.configure_model()  # compiles it on a GPU: a copy is not compiled
+    groups = parameter_groups(task.train().net.to(DEVICE), task.hparams)
     ours = _step(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True), images)
     net = AllCNN(task.hparams.width).to(DEVICE)
     sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5)
@@ -127,30 +121,24 @@ def _steps(task: Classifier, size: int) -> dict[str, float]:
     }
 
 
-def _one_by_one(batch: list) -> list[torch.Tensor]:
-    """What torchvision's CIFAR100 does with the images of a batch, each on its own."""
-    transform = Compose([ToPILImage(), ToTensor(), Normalize(MEAN, STD)])
-    return default_collate([(transform(image), label) for image, label in batch])
-
-
 def _pipelines(data: CIFAR100) -> dict[str, float]:
-    """Shuffled, normalized batches on the device."""
-    images = data.sets["train"].images[::10].permute(0, 2, 3, 1).contiguous().numpy()
-    labels = data.sets["train"].labels[::10].tolist()
-    single = list(zip(images, labels, strict=True))  # few: it is so slow
-    options = {"batch_size": data.hparams.batch_size, "collate_fn": _one_by_one, "shuffle": True}
-    found = {"pipeline_images_s": _images_s(data.train_dataloader())}
+    """Shuffled, normalized batches on the device: ours, and torchvision's with its workers."""
+    theirs, ours = object.__new__(datasets.CIFAR100), data.sets["train"]  # without its files
+    # few: it is so slow
+    theirs.data = ours.images[::10].permute(0, 2, 3, 1).contiguous().numpy()
+    theirs.targets, theirs.target_transform = ours.labels[::10].tolist(), None
+    theirs.transform = Compose([ToTensor(), Normalize(MEAN, STD)])
+    rate = _images_s(data.train_dataloader(), lambda batch: normalize(batch, MEAN, STD))
+    found, size = {"pipeline_images_s": rate}, data.hparams.batch_size
     for n in (0, 2):
-        loader = DataLoader(single, num_workers=n, persistent_workers=n > 0, **options)
-        found[f"torchvision_{n}_images_s"] = _images_s(loader)
+        loader = DataLoader(theirs, size, shuffle=True, num_workers=n, persistent_workers=n > 0)
+        found[f"torchvision_{n}_images_s"] = _images_s(loader, torch.Tensor.float)
     return found
 
 
-def _images_s(loader: DataLoader) -> float:
+def _images_s(loader: DataLoader, finish: Callable[[torch.Tensor], torch.Tensor]) -> float:
     def drain() -> None:
         for images, _ in loader:
-            images = images.to(DEVICE)
-            if images.dtype == torch.uint8:  # ours are normalized there
-                normalize(images, MEAN, STD)
+            finish(images.to(DEVICE))
 
     return len(loader.dataset) / _seconds(drain, 1)

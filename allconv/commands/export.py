@@ -50,41 +50,32 @@ def export(out: str, ckpt_path: str = "best") -> None:
 def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     """What a net's file says of it: its arguments, classes, recipe, data settings and results.
 
-    Results are those that the run's files hold for this very checkpoint; others are left out.
+    Results are those that `validate` and `test` last wrote for this very checkpoint.
     """
     from allconv.cifar100 import MEAN, STD
     from allconv.model import AllCNN
 
-    data = checkpoint.data
+    data, of = checkpoint.data, (checkpoint.path.name, checkpoint.epoch)
     if checkpoint.metadata:
         return checkpoint.metadata
     if not data:
         raise UserError(f"{checkpoint.path}: does not say on what it was trained; a run's does")
-    own = "folder" in data
-    rows = rundir.read_metrics(checkpoint.run) if checkpoint.run else []
-    # written by training when it saved this checkpoint
-    row = next((r for r in rows if "val/acc" in r and r["step"] == checkpoint.step - 1), {})
-    of = checkpoint.path.name, checkpoint.epoch
-    arguments = inspect.signature(AllCNN).parameters
     metadata = {
-        "hparams": {name: checkpoint.hparams[name] for name in arguments},
+        "hparams": {k: checkpoint.hparams[k] for k in inspect.signature(AllCNN).parameters},
         "classes": checkpoint.dataset.classes,
         "mean": MEAN,
         "std": STD,
         "epoch": checkpoint.epoch,
         "recipe": checkpoint.config,
         **{key: data.get(key) for key in ("demo", "val_size", "split_seed")},
-        **({"folder": checkpoint.dataset.title, "digest": data.get("digest")} if own else {}),
-        "val": _results(row or evaluation.read(checkpoint.folder, "validate", *of), "val"),
-        "test": _results(evaluation.read(checkpoint.folder, "test", *of), "test"),
         "version": version("allconv"),
     }
-    return {name: value for name, value in metadata.items() if value != {}}
-
-
-def _results(found: dict[str, float], split: str) -> dict[str, float]:
-    names = ("acc", "top5", "loss", "n") if found else ()
-    return {k: round(found[f"{split}/{k}"], None if k == "n" else 7) for k in names}
+    if "folder" in data:
+        metadata |= {"folder": checkpoint.dataset.title, "digest": data.get("digest")}
+    for split, command in (("val", "validate"), ("test", "test")):
+        if found := evaluation.read(checkpoint.folder, command, *of):
+            metadata[split] = {k: found[f"{split}/{k}"] for k in ("acc", "top5", "loss", "n")}
+    return metadata
 
 
 def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
@@ -125,7 +116,6 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
         program = torch.onnx.export(module, (images,), dynamo=True, **options)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces with the folders of this machine
-    program.model.doc_string = "AllCNN: RGB images (B, 3, 32, 32) uint8 to logits (B, classes)"
     names = (name.replace(",", ";") for name in metadata["classes"])
     texts = {"classes": ",".join(names), "allconv": json.dumps(metadata)}
     program.model.metadata_props.update(texts)
@@ -143,6 +133,6 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv export", description=export.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv export")
     parser.add_function_arguments(export)
     export(**parser.parse_args(args).as_dict())

@@ -1,15 +1,11 @@
 """`python -m allconv predict IMAGE...`: classify your own images and show the class evidence."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from allconv.errors import Parser, UsageError, printable, say
@@ -35,24 +31,25 @@ def predict(
 
     default = "pretrained" if checkpoints.PRETRAINED.is_file() else "best"
     checkpoint = checkpoints.load(checkpoints.find(default if ckpt_path is None else ckpt_path))
-    classes, files = checkpoint.dataset.classes, _files(names)
-    top = min(5, len(classes)) if top is None else top
-    if not 1 <= top <= len(classes):
-        raise UsageError(f"top is {top}: it must be from 1 to {len(classes)}")
+    data, files = checkpoint.dataset, _files(names)
+    top = min(5, len(data.classes)) if top is None else top
+    if not 1 <= top <= len(data.classes):
+        raise UsageError(f"top is {top}: it must be from 1 to {len(data.classes)}")
     if out is not None:
         _check_out(out, files)
-    answers = list(_answers(checkpoint, files, top, 0 if out is None else SHEET))
-    rows = [row for row, _ in answers]
+    readable, shown, seen = _read(files)
+    rows, maps = _answers(checkpoint, readable, seen, top)
     WRITERS[format](rows)
     uncertain = sum(not row["confident"] for row in rows)
-    known = f"{len(classes)} classes of {checkpoint.dataset.title}"
+    known = f"{len(data.classes)} classes of {data.title}"
     done = f"{len(rows):,} of {len(files):,} images classified, {uncertain:,} uncertain"
     say(f"{done}; {known}; weights: {checkpoint.path}")
     if out is not None and rows:
         from allconv.commands import predict_figure
 
-        predict_figure.write(Path(out), answers[:SHEET], f"AllCNN: {known}")
-        say(f"written: {out}, with {min(SHEET, len(rows))} of {len(rows):,} images")
+        sheet = list(zip(rows, shown, seen, maps, strict=False))  # of the first images
+        predict_figure.write(Path(out), sheet, f"AllCNN: {known}")
+        say(f"written: {out}, with {len(sheet)} of {len(rows):,} images")
     return len(files) - len(rows)
 
 
@@ -63,7 +60,7 @@ def _files(names: list[str]) -> list[str]:
     files = []
     for name in names:
         paths = Path(name).rglob("*") if name else ()  # Path("") is the current folder
-        inside = [path for path in paths if os.path.isfile(path)]
+        inside = [path for path in paths if path.is_file()]
         shown = [path for path in inside if "/." not in f"/{path.relative_to(name).as_posix()}"]
         found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
         if ignored := len(inside) - len(found):
@@ -79,13 +76,40 @@ def _check_out(out: str, files: list[str]) -> None:
         raise UsageError(f"out is {printable(out)}: it must be a .png in a folder that exists")
     for name in files:
         with contextlib.suppress(OSError):  # one of the two does not exist
-            status = os.fstat(0) if name == "-" else os.stat(name)
-            if os.path.samestat(status, path.stat()):  # the same file, also by a link
+            if os.path.samefile(0 if name == "-" else name, path):  # also by a link
                 raise UsageError(f"out is {printable(out)}: it would replace {printable(name)}")
 
 
-def _answers(checkpoint, files: list[str], top: int, sheet: int) -> Iterator[tuple[dict, tuple]]:
-    """Each image's JSON object and, of the first `sheet`, small image, input and class map."""
+def _read(files: list[str]) -> tuple[list[str], list, list]:
+    """Names and network inputs of the files that can be read, and the first few images."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from allconv import images
+
+    names, shown, seen, frames, quiet = [], [], [], 0, not sys.stderr.isatty()
+    for name in track(files, "", console=Console(stderr=True), disable=quiet, transient=True):
+        try:
+            file = name
+            if name == "-":  # of an endless stream, no more than any image has
+                file = io.BytesIO(os.fdopen(0, "rb", closefd=False).read(2**28))
+            image = images.read(file)
+        except (images.ImageError, OSError) as error:
+            say(f"skipped {name}: {error}")
+            continue
+        names.append(name)
+        seen.append(images.reduce(image))  # (3, 32, 32) uint8
+        frames += 1 if image.info.get("animated") else 0
+        if len(shown) < SHEET:
+            image.thumbnail((400, 400))
+            shown.append(image)
+    if frames:
+        say(f"animated images: {frames:,}; the first frame was used")
+    return names, shown, seen
+
+
+def _answers(checkpoint, names: list[str], seen: list, top: int) -> tuple[list[dict], list]:
+    """Each image's JSON object, and of the first batch the map (8, 8) of the top class."""
     import torch
 
     from allconv.augment import normalize
@@ -93,46 +117,21 @@ def _answers(checkpoint, files: list[str], top: int, sheet: int) -> Iterator[tup
 
     # contiguous: few images take a tenth of the time that they take with weights channels last
     net = checkpoint.net().to(memory_format=torch.contiguous_format)
-    readable = _readable(files)
-    while batch := list(islice(readable, BATCH)):
+    rows, shown = [], []
+    for start in range(0, len(seen), BATCH):
         with torch.inference_mode():
-            seen = torch.stack([given for _, _, given in batch])
-            maps = net.maps(normalize(seen, MEAN, STD).contiguous())  # (B, classes, 8, 8)
-            shares, labels = (t.tolist() for t in maps.mean((2, 3)).softmax(1).topk(top))
-        for i, (name, image, given) in enumerate(batch):
-            best = [
+            batch = normalize(torch.stack(seen[start : start + BATCH]), MEAN, STD)
+            maps = net.maps(batch.contiguous())  # (B, classes, 8, 8)
+            shares, labels = maps.mean((2, 3)).softmax(1).topk(top)
+        shown = shown or [maps[i, label] for i, label in enumerate(labels[:, 0])]
+        for best in zip(shares.tolist(), labels.tolist(), strict=True):
+            answers = [
                 {"class": checkpoint.dataset.classes[label], "probability": round(share, 6)}
-                for label, share in zip(labels[i], shares[i], strict=True)
+                for share, label in zip(*best, strict=True)
             ]
-            panels = (image, given, maps[i, labels[i][0]].clone()) if sheet > 0 else None
-            sheet -= 1
-            yield {"image": name, "confident": shares[i][0] >= LOW, "top": best}, panels
-
-
-def _readable(files: list[str]) -> Iterator[tuple]:
-    """Name, small image and network input of each file that can be read; the others are listed."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from allconv import images
-
-    frames, quiet = 0, not sys.stderr.isatty()
-    for name in track(files, "", console=Console(stderr=True), disable=quiet, transient=True):
-        try:
-            # of an endless stream, no more than any image has
-            file = (
-                io.BytesIO(os.fdopen(0, "rb", closefd=False).read(2**28)) if name == "-" else name
-            )
-            image = images.read(file)
-        except (images.ImageError, OSError) as error:
-            say(f"skipped {name}: {error}")
-            continue
-        frames += 1 if image.info.get("animated") else 0
-        seen = images.reduce(image)
-        image.thumbnail((400, 400))
-        yield name, image, seen
-    if frames:
-        say(f"animated images: {frames:,}; the first frame was used")
+            confident = best[0][0] >= LOW
+            rows.append({"image": names[len(rows)], "confident": confident, "top": answers})
+    return rows, shown
 
 
 def write_table(rows: list[dict]) -> None:
@@ -144,8 +143,8 @@ def write_table(rows: list[dict]) -> None:
 
 
 def write_json(rows: list[dict]) -> None:
-    """A list of objects, one a line."""
-    print("[", ",\n".join(map(json.dumps, rows)), "]", sep="\n")
+    """A list of objects."""
+    print(json.dumps(rows, indent=2))
 
 
 def write_csv(rows: list[dict]) -> None:

@@ -16,16 +16,16 @@ ENDS = to_rgba(BLUE, 0.8), to_rgba(BLUE, 0), to_rgba(VERMILION, 0), to_rgba(VERM
 EVIDENCE = LinearSegmentedColormap.from_list("", list(zip((0, 0.5, 0.5, 1), ENDS, strict=True)))
 
 
-def write(path: Path, answers: list[tuple[dict, tuple]], title: str) -> None:
-    """Draw the answers of `predict`, with their panels, into a PNG file: a row for each image."""
+def write(path: Path, answers: list[tuple], title: str) -> None:
+    """Draw into a PNG file, in a row each, answer, image, network input and map of `predict`."""
     height = 3.0 * len(answers) + 0.4  # inches
     figure = Figure(figsize=(10.4, height))
     figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", fontsize=12)
     rows = figure.subplots(len(answers), 4, squeeze=False)
     edges = {"top": 1 - 1 / height, "bottom": 0.35 / height, "hspace": 0.45}
     figure.subplots_adjust(left=0.02, right=0.98, wspace=0.3, **edges)
-    for axes, (row, panels) in zip(rows, answers, strict=True):
-        _draw(axes, row, *panels)
+    for axes, answer in zip(rows, answers, strict=True):
+        _draw(axes, *answer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))

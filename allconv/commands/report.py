@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from allconv.checkpoints import Checkpoint
 
 
-def settings(configs: list[dict[str, object]]) -> list[tuple]:
-    """A setting and its value for each net: all settings of one net, of two those that differ."""
-    found = [flat(config) for config in configs]
-    keys = dict.fromkeys(key for each in found for key in each)
-    rows = [(key, *(each.get(key, "") for each in found)) for key in keys]
-    return [row for row in rows if len(row) == 2 or row[1] != row[2]]
+def beside(columns: list[dict[str, object]]) -> list[tuple]:
+    """A row for each key, with its value in each column."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [(key, *(column.get(key, "") for column in columns)) for key in keys]
 
 
 def render(**context: object) -> str:
@@ -39,11 +37,7 @@ def render(**context: object) -> str:
 
 
 def check(checkpoints: list["Checkpoint"], out: str | None) -> Path:
-    """Refuse what can be refused before the nets run, which takes a minute on a CPU.
-
-    Returns:
-        The file to write, in a directory that is there.
-    """
+    """The file to write; refuses what can be refused before the nets run, which takes a minute."""
     first, last = checkpoints[0], checkpoints[-1]
     data = first.dataset
     if data.classes != last.dataset.classes:
@@ -86,22 +80,23 @@ def report(
     path = check(checkpoints, out)
     configs = [c.config or {"model": c.hparams} for c in checkpoints]
     metrics = [read_metrics(c.run) if c.run else [] for c in checkpoints]
-    sets = report_statistics.read_images(checkpoints, split, data_dir)
-    runs = zip(given, checkpoints, sets, strict=True)
-    evaluations = [report_statistics.evaluate(*each) for each in runs]
-    n, title = len(evaluations[0].labels), checkpoints[0].dataset.title
-    page = report_figures.draw(evaluations, metrics, f"{title}, {split}: {n:,} images")
-    if b is not None:
-        page |= report_statistics.compare(*evaluations)
-    page |= {
-        "results": list(map(report_statistics.results, evaluations)),
-        "classes": report_statistics.classes(evaluations),
-        "settings": settings(configs),
+    sets = report_statistics.read_sets(checkpoints, split, data_dir)
+    each = zip(given, checkpoints, sets, strict=True)
+    nets = [report_statistics.evaluate(*arguments) for arguments in each]
+    data, n = checkpoints[0].dataset, len(nets[0].labels)
+    settings = beside([flat(config) for config in configs])
+    page = report_figures.draw(nets, metrics, f"{data.title}, {split}: {n:,} images") | {
+        "results": beside([report_statistics.results(e) for e in nets]),
+        "groups": report_statistics.by_class(nets, data.superclasses),
+        "classes": report_statistics.by_class(nets, {name: (name,) for name in data.classes}),
+        "settings": [row for row in settings if b is None or row[1] != row[2]],
     }
-    write_text(path, render(**page, nets=evaluations, n=n, split=split))
-    for e in evaluations:
+    if b is not None:
+        page |= report_statistics.compare(*nets)
+    write_text(path, render(**page, nets=nets, n=n, split=split))
+    for e in nets:
         print(
-            f"{e.key}: {printable(e.checkpoint.path)} on {title}: {split}/acc {e.acc:.4f} "
+            f"{e.key}: {printable(e.checkpoint.path)} on {data.title}: {split}/acc {e.acc:.4f} "
             f"({e.interval[0]:.4f} to {e.interval[1]:.4f}), {e.right.sum():,} of {n:,}"
         )
     print(f"written: {printable(path)}; open it with a browser")
@@ -109,7 +104,7 @@ def report(
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    parser = Parser(prog="allconv report", description=report.__doc__.splitlines()[0])
+    parser = Parser(prog="allconv report")
     text = "best, last, pretrained, a checkpoint file, or a run directory (its best.ckpt)."
     parser.add_argument("a", nargs="?", default="best", help=text)
     parser.add_argument("b", nargs="?", type=str | None, help="Another one, to compare a with.")

@@ -15,11 +15,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from allconv import runtime
 from allconv.augment import normalize
 from allconv.checkpoints import Checkpoint
-from allconv.cifar100 import MEAN, STD
-from allconv.datasets import ImageFolder, Official
+from allconv.cifar100 import MEAN, STD, Images
 from allconv.errors import UserError
 from allconv.model import AllCNN
-from allconv.plots import readable
 
 BATCH = 500  # images; least CPU time of 50 to 500
 Z = 1.959964  # standard errors on each side of a 95 % interval
@@ -45,31 +43,27 @@ class Evaluation:
         n = self.logits.shape[1]
         cells = self.labels * n + self.predicted
         self.matrix = cells.bincount(minlength=n * n).view(n, n)  # true class, predicted class
-        self.by_class = self.matrix.diag() / self.matrix.sum(1)  # NaN of a class without images
 
 
-def read_images(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -> list[dict]:
-    """For each checkpoint, (images, labels) of its validation split, if any, and of `split`.
+def read_sets(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -> list[dict]:
+    """For each checkpoint, the images of its validation split, which may be none, and of `split`.
 
     Raises:
         UserError: those of `split` are not the same for both, or there are none.
     """
     known = [c for c in checkpoints if c.data.keys() & {"data_dir", "folder"}]
-    data = (known or checkpoints)[0].dataset
+    data, sets = (known or checkpoints)[0].dataset, []
     if data_dir:
         data = replace(data, path=Path(data_dir))
     data.prepare()
     load = cache(data.load)
-    sets = [{} for _ in checkpoints]
-    for part in dict.fromkeys(("val", split)):
-        file, keys = ("test", ()) if part == "test" else ("train", ("val_size", "split_seed"))
-        for found, c in zip(sets, checkpoints, strict=True):
-            images = load(file, **{k: v for k, v in c.data.items() if k in keys})[part]
-            if len(images):
-                found[part] = images.images, images.labels
-    if any(split not in found for found in sets):
+    for c in checkpoints:
+        own = {key: c.data[key] for key in ("val_size", "split_seed") if key in c.data}
+        parts = {**load("train", **own), **(load("test") if split == "test" else {})}
+        sets.append({name: parts[name] for name in dict.fromkeys(("val", split))})
+    if not len(sets[0][split]):
         raise UserError("there are no validation images: data.val_size was 0")
-    if not torch.equal(sets[0][split][0], sets[-1][split][0]):
+    if not torch.equal(sets[0][split].images, sets[-1][split].images):
         raise UserError("A and B hold out different validation images (val_size, split_seed)")
     return sets
 
@@ -81,11 +75,14 @@ def evidence(net: AllCNN, images: Tensor) -> Tensor:
     return net.maps(normalize(images, MEAN, STD)).cpu()
 
 
-def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evaluation:
-    """Run the net once over each set of images; the last is the one that is reported."""
+def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, Images]) -> Evaluation:
+    """Run the net once over each set of images that is not empty; the last is reported."""
     runtime.keep_memory()
     net, temperature = checkpoint.net().to("cuda" if torch.cuda.is_available() else "cpu"), None
-    for split, (images, labels) in sets.items():
+    for split, data in sets.items():
+        images, labels = data.images, data.labels
+        if not len(labels):
+            continue
         title = f"{key}: {len(images):,} {split} images"
         batches = track(images.split(BATCH), title, console=Console(stderr=True))
         logits = torch.cat([evidence(net, batch).mean((2, 3)) for batch in batches])
@@ -96,11 +93,6 @@ def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, tuple]) -> Evalua
     return Evaluation(key, checkpoint, net, images, labels, logits, temperature)
 
 
-def members(data: Official | ImageFolder) -> Tensor:
-    """Class numbers (superclasses, classes in each)."""
-    return torch.tensor([[data.classes.index(c) for c in g] for g in data.superclasses.values()])
-
-
 def percent(share: float, digits: int = 2) -> str:
     """A share in per cent."""
     return f"{100 * share:.{digits}f}\u00a0%"
@@ -108,8 +100,7 @@ def percent(share: float, digits: int = 2) -> str:
 
 def results(e: Evaluation) -> dict[str, str]:
     """A net's column of the table of results, by what was measured."""
-    own = members(e.checkpoint.dataset)
-    inside = sum(e.matrix[classes][:, classes].sum().item() for classes in own)
+    data = e.checkpoint.dataset
     best = e.logits.topk(min(5, e.logits.shape[1])).indices
     top5 = (best == e.labels[:, None]).any(1).double().mean().item()
     loss, ece = calibration(e.logits, e.labels)
@@ -117,14 +108,15 @@ def results(e: Evaluation) -> dict[str, str]:
         "accuracy (top 1)": percent(e.acc),
         "95 % interval": f"{100 * e.interval[0]:.2f} to {percent(e.interval[1])}",
         "top-5 accuracy": percent(top5),
-        "superclass accuracy": percent(inside / len(e.labels)),
         "cross-entropy (nats)": f"{loss:.4f}",
         "ECE": percent(ece),
         "parameters": f"{sum(p.numel() for p in e.net.parameters()):,}",
         "epochs trained": str(e.checkpoint.epoch or "unknown"),
     }
-    if len(own) == len(e.checkpoint.dataset.classes):  # a folder has no superclasses
-        del found["superclass accuracy"]
+    groups = [[data.classes.index(name) for name in g] for g in data.superclasses.values()]
+    if len(groups) < len(data.classes):  # a folder has no superclasses
+        inside = sum(e.matrix[group][:, group].sum().item() for group in groups)
+        found["superclass accuracy"] = percent(inside / len(e.labels))
     if e.temperature:
         loss, ece = calibration(e.logits / e.temperature, e.labels)
         found |= {"temperature": f"{e.temperature:.4f}", "ECE, calibrated": percent(ece)}
@@ -132,34 +124,28 @@ def results(e: Evaluation) -> dict[str, str]:
     return found
 
 
-def classes(evaluations: list[Evaluation]) -> list[tuple]:
-    """Class, superclass and accuracy of each net: worst first, or what differs most first."""
-    data, found = evaluations[0].checkpoint.dataset, []
-    for group, names in data.superclasses.items():
-        for name in names:
-            shares = [e.by_class[data.classes.index(name)].item() for e in evaluations]
-            rank = -abs(shares[0] - shares[1]) if shares[1:] else shares[0]
-            names_shown = dict.fromkeys((readable(name), readable(group)))  # one without a group
-            columns = *names_shown, *(percent(x, 0) for x in shares)
-            if not math.isnan(rank):
-                found.append((rank, *columns))
-    return [row[1:] for row in sorted(found)]
+def by_class(evaluations: list[Evaluation], groups: dict[str, tuple[str, ...]]) -> list[tuple]:
+    """Each group of classes with the nets' accuracies in it.
+
+    Of one net the worst first, of two what differs most first; groups without images are left out.
+    """
+    names, found = evaluations[0].checkpoint.dataset.classes, []
+    for name, members in groups.items():
+        index = [names.index(member) for member in members]
+        counts = [(e.matrix[index, index].sum(), e.matrix[index].sum()) for e in evaluations]
+        if counts[0][1]:
+            found.append((name, [(right / n).item() for right, n in counts]))
+    if len(evaluations) == 1:
+        return sorted(found, key=lambda row: row[1])
+    return sorted(found, key=lambda row: -abs(row[1][0] - row[1][1]))
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, object]:
-    """What the page says of two nets on the same images."""
-    n = len(a.labels)
-    both = (a.right & b.right).sum().item()
-    only_a, only_b = a.right.sum().item() - both, b.right.sum().item() - both
-    right = "A right", f"{both:,}", f"{only_a:,}"
-    wrong = "A wrong", f"{only_b:,}", f"{n - both - only_a - only_b:,}"
-    return {
-        "counts": [right, wrong],
-        "unequal": only_a + only_b,
-        "difference": (only_a - only_b) / n,
-        "interval": paired_interval(only_a, only_b, n),
-        "p": mcnemar(only_a, only_b),
-    }
+    """How many of the same images both nets, one or none have right, and whether it is chance."""
+    only_a, only_b = (a.right & ~b.right).sum().item(), (b.right & ~a.right).sum().item()
+    both, neither = (a.right & b.right).sum().item(), (~a.right & ~b.right).sum().item()
+    counts = [("A right", both, only_a), ("A wrong", only_b, neither)]
+    return {"counts": counts, "unequal": only_a + only_b, "p": mcnemar(only_a, only_b)}
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -172,13 +158,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided p of McNemar's exact test: how often a fair coin falls at least as unevenly."""
     n, fewer = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-
-
-def paired_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
-    """95 % interval of A's accuracy minus B's on the same n images (Agresti and Min, 2005)."""
-    a, b, n = only_a + 0.5, only_b + 0.5, n + 2
-    half = Z * math.sqrt(a + b - (a - b) ** 2 / n)
-    return (a - b - half) / n, (a - b + half) / n
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

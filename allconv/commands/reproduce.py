@@ -11,7 +11,6 @@ import subprocess
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from statistics import mean, stdev
 
 from allconv import evaluation, rundir
 from allconv.errors import Parser, StoppedError, UsageError, UserError
@@ -96,32 +95,27 @@ def _call(name: str, *args: str) -> None:
         raise StoppedError(f"{name} is stopped; the same command goes on with it", code)
 
 
-def _ended(run: Path) -> bool:
-    epochs = rundir.read_config(run)["trainer"]["max_epochs"]
-    if len(rundir.read_metrics(run)) < epochs:
-        return False
-    from allconv import checkpoints  # imports torch, which the list does without
-
-    # an epoch's row is written before its checkpoint
-    return checkpoints.load(run / "checkpoints/last.ckpt").epoch == epochs
-
-
-def measure(name: str, claim: Claim, seed: int, root: Path, data: list[str]) -> float:
+def measure(name: str, claim: Claim, root: Path, data: list[str]) -> float:
     """The metric in % of the run in `root`: trained, resumed, or only read if it is complete.
 
     Raises:
         UserError: the run is of other flags.
     """
+    from allconv import checkpoints  # imports torch, which the list does without
+
     recipe = f"{name}: {claim['flags']}"  # kept in the run's config.yaml
     begun = list(root.glob(f"{rundir.LOGS}/version_*/checkpoints/last.ckpt"))
     if not begun:
-        flags = [*shlex.split(claim["flags"]), "--seed_everything", str(seed), "--recipe", recipe]
-        _call(name, "fit", *flags, "--trainer.default_root_dir", str(root), *data)
+        flags = [*shlex.split(claim["flags"]), "--recipe", recipe, *data]
+        flags += ["--seed_everything", str(claim["seeds"][0])]
+        _call(name, "fit", *flags, "--trainer.default_root_dir", str(root))
     run = begun[-1].parent.parent if begun else rundir.runs(root / rundir.LOGS)[-1]
-    if rundir.read_config(run).get("recipe") != recipe:
+    config = rundir.read_config(run)
+    if config.get("recipe") != recipe:
         raise UserError(f"{run} is not of {recipe}; delete it, or choose another --out")
-    if begun and not _ended(run):
-        _call(name, "fit", "--ckpt_path", str(begun[-1]), *data)
+    done = checkpoints.load(run / "checkpoints/last.ckpt", resume=True).epoch
+    if done < config["trainer"]["max_epochs"]:
+        _call(name, "fit", "--ckpt_path", str(run / "checkpoints/last.ckpt"), *data)
     if claim["metric"].startswith("val/"):
         return 100 * rundir.read_metrics(run)[-1][claim["metric"]]
     of = ("test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
@@ -139,16 +133,13 @@ def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -
     return right
 
 
-def reproduce(chosen: dict[str, Claim], out: Path, data: list[str], every: bool) -> bool:
-    """Measure and compare the claims, of each its first seed or every seed."""
+def reproduce(chosen: dict[str, Claim], out: Path, data: list[str]) -> bool:
+    """Measure the claims with the first of their seeds, compare, and draw them if several."""
     values, right = {}, True
     for name, claim in chosen.items():
-        seeds = claim["seeds"] if every else claim["seeds"][:1]
-        found = [measure(name, claim, seed, out / name / f"seed_{seed}", data) for seed in seeds]
-        many = len(seeds) > 1
-        how = f"{len(seeds)} seeds, sd {stdev(found):.2f}" if many else f"seed {seeds[0]}"
-        values[name] = mean(found)
-        right &= compare(name, claim, values[name], claim["tolerance"], how)
+        seed = claim["seeds"][0]
+        values[name] = measure(name, claim, out / name / f"seed_{seed}", data)
+        right &= compare(name, claim, values[name], claim["tolerance"], f"seed {seed}")
     if len(chosen) > 1:
         from allconv import plots  # imports torch
 
@@ -176,7 +167,6 @@ def main(args: list[str]) -> None:
     parser.add_argument("name", nargs="?", help="A claim, or a table: its claims, and a plot.")
     parser.add_argument("--data_dir", help="Folder with the data set, as in fit.")
     parser.add_argument("--out", default="reproduced", help="Folder for the runs.")
-    parser.add_argument("--seeds", choices=["first", "all"], default="first", help="Seeds to run.")
     parser.add_argument("--evaluate", action="store_true", help="Only test the packaged weights.")
     parser.add_argument("--tables", nargs="+", help="Markdown files whose tables are written.")
     given, found = parser.parse_args(args), claims()
@@ -184,8 +174,7 @@ def main(args: list[str]) -> None:
     if given.evaluate:
         sys.exit(not evaluate(given.name, found, data))
     if given.name:
-        chosen = choose(given.name, found)
-        sys.exit(not reproduce(chosen, Path(given.out), data, given.seeds == "all"))
+        sys.exit(not reproduce(choose(given.name, found), Path(given.out), data))
     for path in map(Path, given.tables or []):
         text = path.read_text("utf-8")
         rundir.write_text(path, MARKED.sub(lambda mark: mark[1] + table(mark[2], found), text))

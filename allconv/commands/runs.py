@@ -16,12 +16,9 @@ from allconv.errors import Parser, UserError, printable
 Row = dict[str, object]
 
 COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when changes problem"
-# what is neither 0, false nor empty by default, and not in notebook.yaml
-DEFAULTS = {"decay_norms": True, "split_seed": 43, "num_classes": 100, "max_steps": -1}
-DEFAULTS |= dict.fromkeys(("accelerator", "devices", "strategy"), "auto")
-DEFAULTS |= dict.fromkeys(("inference_mode", "enable_autolog_hparams", "num_nodes"), 1)
-DEFAULTS |= dict.fromkeys(("check_val_every_n_epoch", "accumulate_grad_batches"), 1)
+# columns of the table over seeds
 SAME = ("recipe", "data", "width", "epochs", "max_epochs", "changes")
+LISTED = ("number", "seed", "val/acc", "test/acc")
 
 
 def describe(run: Path) -> tuple[Row, dict[str, object]]:
@@ -54,21 +51,27 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
         "best_epoch": epoch,
         "test/acc": _fraction(test.get("test/acc")),
         "seed": config.get("seed_everything"),
-        "when": start and datetime.fromtimestamp(start).astimezone().isoformat(),
-        "changes": ", ".join(_changes(config)) or None,
+        "when": start and datetime.fromtimestamp(start).isoformat(" ", "minutes"),
+        "changes": ", ".join(_changes(run, config)) or None,
         "problem": "; ".join(problems) or None,
     }
     # a damaged configuration may hold anything
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in row.items()}, config
 
 
-def _changes(config: dict[str, object]) -> list[str]:
-    """The settings that are not those of the run's recipe; without a recipe, not the defaults."""
-    names = ["notebook", *str(config.get("recipe")).split("+")]
-    layers = [p for name in names for p in rundir.CONFIGS.glob("*.yaml") if p.stem == name]
-    before = DEFAULTS | {k: v for path in layers for k, v in _flat(rundir.read_yaml(path)).items()}
-    now = {k: v for k, v in _flat(config).items() if v != before.get(k, None if v else v)}
-    return [f"{k} {v}".replace("'", "") for k, v in now.items()]
+def _changes(run: Path, config: dict[str, object]) -> list[str]:
+    """The settings that differ from the run's recipe, or from the default where it is silent."""
+    files, recipe, found = {path.stem: path for path in rundir.CONFIGS.glob("*.yaml")}, {}, []
+    for name in str(config.get("recipe")).split("+"):
+        recipe |= _flat(rundir.read_yaml(files[name])) if name in files else {}
+    try:  # it holds what is not the default
+        chosen = _flat(rundir.read_yaml(run / "hparams.yaml"))
+    except rundir.RunError:  # none, or damaged
+        chosen = {}
+    for key, value in _flat(config).items():
+        if value != recipe[key] if key in recipe else key in chosen:
+            found.append(f"{key} {value}".replace("'", ""))
+    return found
 
 
 def _flat(config: dict[str, object]) -> dict[str, object]:
@@ -90,33 +93,33 @@ def sum_up(runs: list[tuple[Row, dict[str, object]]]) -> list[Row]:
         if row["val/acc"] is not None and row["seed"] is not None:
             groups[yaml.safe_dump([row["epochs"], config])][row["seed"]] = row
     found = []
-    for group in (list(seeds.values()) for seeds in groups.values() if len(seeds) > 1):
-        same = {key: group[-1][key] for key in SAME}
-        lists = {key: [row[key] for row in group] for key in ("number", "seed")}
-        found.append({**same, **lists, **{k: _spread(group, k) for k in ("val/acc", "test/acc")}})
+    for seeds in groups.values():
+        if len(seeds) > 1:
+            columns = {key: [row[key] for row in seeds.values()] for key in (*SAME, *LISTED)}
+            same = {key: columns[key][-1] for key in SAME}
+            spread = {key: _spread(columns[key]) for key in ("val/acc", "test/acc")}
+            found.append(columns | same | spread)
     return found
 
 
-def _spread(group: list[Row], key: str) -> dict[str, float | None]:
-    values = [row[key] for row in group if row[key] is not None]
-    sd = stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values) if values else None, "sd": sd, "n": len(values)}
+def _spread(values: list[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    sd = stdev(known) if len(known) > 1 else None
+    return {"mean": mean(known), "sd": sd, "n": len(known)} if known else None
 
 
 def _cell(row: Row, key: str) -> str:
     value = row[key]
-    if value is None or value == {"mean": None, "sd": None, "n": 0}:
+    if value is None:
         return "-"
     if isinstance(value, dict):
         spread = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
         return f"{value['mean']:.4f}{spread} (n = {value['n']})"
     if isinstance(value, list):
-        return printable(" ".join(map(str, value)))
-    if isinstance(value, float):
-        return f"{value:.4f}"
+        value = " ".join(map(str, value))
     if key == "epochs":
-        return f"{value}/{row['max_epochs']}"
-    return value[:16].replace("T", " ") if key == "when" else printable(value)
+        value = f"{value}/{row['max_epochs']}"
+    return f"{value:.4f}" if isinstance(value, float) else printable(value)
 
 
 def _print(rows: list[Row]) -> None:
