@@ -18,15 +18,9 @@ def _scale(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: 
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalize images channel by channel.
+    """Normalize images (B, 3, H, W) of values 0..255 to float32, channels last in memory.
 
-    Args:
-        images: (B, 3, H, W), values 0..255, uint8 or float.
-        mean: of each channel, as a fraction of 255.
-        std: standard deviation of each channel, as a fraction of 255.
-
-    Returns:
-        (B, 3, H, W) float32, channels last in memory.
+    `mean` and `std` are those of each channel, as fractions of 255.
     """
     factor, offset = _scale(tuple(mean), tuple(std), images.shape[3], images.device)
     # by rows: an inner loop over 3 channels is not vectorized and takes four times as long
@@ -38,15 +32,8 @@ def crop(images: Tensor, pad: int, generator: torch.Generator | None = None) -> 
     """Shift each image by up to `pad` pixels each way, filling the gap with its reflection.
 
     Equal to reflection padding and a random crop (after He et al., arXiv:1512.03385, who pad with
-    zeros), but by indexing: it works on uint8 and gives channels last at no cost.
-
-    Args:
-        images: (B, C, H, W).
-        pad: largest shift in pixels, below H and W.
-        generator: on the images' device; torch's default when None.
-
-    Returns:
-        (B, C, H, W) of the same type, channels last in memory.
+    zeros), but by indexing: it works on uint8 and gives channels last at no cost. Images are
+    (B, C, H, W) and `pad` is below H and W; the generator is on their device.
     """
     batch, _, height, width = images.shape
     shift = {"size": (2, batch, 1), "generator": generator, "device": images.device}
@@ -66,11 +53,8 @@ def alternating_flip(images: Tensor, epoch: int) -> Tensor:
     """Flip half of the images left to right, and the other half in the next epoch.
 
     From Jordan, "94% on CIFAR-10 in 3.29 Seconds" (arXiv:2404.00498): two epochs show each image
-    both ways. The parity of an image's bytes decides which half it is in.
-
-    Args:
-        images: (B, C, H, W) uint8, before any random change.
-        epoch: number of the epoch.
+    both ways. The parity of an image's bytes decides which half it is in, so images
+    (B, C, H, W) are uint8 and not yet changed.
     """
     flipped = (images.sum((1, 2, 3), dtype=torch.long) + epoch) % 2 == 1
     return torch.where(flipped[:, None, None, None], images.flip(3), images)

@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
 
 from allconv import checkpoints
@@ -13,16 +13,10 @@ TEMPERATURE, WEIGHT, LABEL_WEIGHT = 2.0, 9.0, 0.1  # the paper's
 
 
 def loss(student: Tensor, teacher: Tensor, label_loss: Tensor, mixed: bool) -> Tensor:
-    """The loss of each image: the teacher's answer, and a little of the label.
+    """The loss (B,) of each image: the teacher's answer, and a little of the label.
 
-    Args:
-        student: logits (B, classes).
-        teacher: logits (B, classes) of the same images.
-        label_loss: (B,) losses against the labels.
-        mixed: whether the images are mixed; then only the teacher's answer counts.
-
-    Returns:
-        (B,).
+    Of the logits (B, classes) of both, and the losses (B,) against the labels. Of mixed images
+    only the teacher's answer counts.
     """
     z, target = (standardize(logits) / TEMPERATURE for logits in (student, teacher))
     divergence = kl_div(z.log_softmax(1), target.softmax(1), reduction="none").sum(1)
@@ -47,27 +41,31 @@ class Teacher:
     """
 
     def __init__(self, name: str, data):
+        self.name = name
         checkpoint = checkpoints.load(checkpoints.find(name, key="model.teacher"))
-        settings, validated = data.hparams, len(data.sets["val"]) > 0
-        same = checkpoint.data.get("digest") == data.digest or not validated
-        if checkpoint.dataset != data.dataset or not same:
+        known, here = checkpoint.data, {**data.hparams, "digest": data.digest}
+        # without validation images there is nothing that a teacher should not have seen
+        keys = ("digest", "val_size", "split_seed") if len(data.sets["val"]) else ()
+        other = [key for key in keys if known.get(key) != here[key]]
+        if checkpoint.dataset != data.dataset or "digest" in other:
             raise UserError(
                 f"model.teacher is {name}: it was trained on other images "
                 f"({checkpoint.dataset.title}) than these ({data.dataset.title})"
             )
-        # without validation images there is nothing that a teacher should not have seen
-        for key in ("demo", "val_size", "split_seed") if validated else ("demo",):
-            known = checkpoint.data.get(key, "unknown")
-            if known != settings[key]:
-                raise UserError(
-                    f"model.teacher is {name}: its data.{key} is {known}, not {settings[key]}, so "
-                    "it has seen other images in training, validation images among them"
-                )
-        self.net: nn.Module = checkpoint.net()
-        digest = hashlib.sha256()
-        for _, value in sorted(checkpoint.weights.items()):
-            digest.update(value.contiguous().numpy().tobytes())
-        self.digest = digest.hexdigest()
+        for key in other:
+            raise UserError(
+                f"model.teacher is {name}: its data.{key} is {known.get(key)}, not {here[key]}, so "
+                "it has seen other images in training, validation images among them"
+            )
+        self.net = checkpoint.net()
+        weights = (value for _, value in sorted(checkpoint.weights.items()))
+        content = b"".join(value.contiguous().numpy().tobytes() for value in weights)
+        self.digest = hashlib.sha256(content).hexdigest()
+
+    def check(self, digest: str | None) -> None:
+        """Refuse to go on where a teacher of another digest was asked."""
+        if digest != self.digest:
+            raise UserError(f"model.teacher is {self.name}: its weights have changed")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -66,13 +66,9 @@ class AllCNN(nn.Module):
             self.conv9.extend([nn.Dropout2d(dropout), nn.ReLU()])
 
     def maps(self, x: Tensor) -> Tensor:
-        """Class evidence maps: the mean of a map is its class's logit.
+        """Evidence for each class; the mean of a map is the class's logit.
 
-        Args:
-            x: (B, 3, H, W) normalized images.
-
-        Returns:
-            (B, num_classes, ceil(H/4), ceil(W/4)).
+        From normalized images (B, 3, H, W) to (B, num_classes, ceil(H/4), ceil(W/4)).
         """
         x = self.conv1(x).relu()  # (B, w, 32, 32) for 32 x 32 images
         x = self._shortcut(self.conv2(x), x)
@@ -114,12 +110,8 @@ def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
     """Initialize the first convolution with filters that whiten 3x3 patches, and their negatives.
 
     From Page, "How to Train Your ResNet" (myrtle.ai), with the eps of arXiv:2404.00498. Filters
-    beyond the 54 keep their random initialization.
-
-    Args:
-        net: the network.
-        images: (B, 3, H, W) normalized training images.
-        eps: added to the variances, to limit the gain of weak directions.
+    beyond the 54 keep their random initialization. `images` are normalized training images
+    (B, 3, H, W); `eps` is added to the variances, to limit the gain of weak directions.
     """
     patches = nn.functional.unfold(images.double(), 3)  # (B, 27, patches)
     patches = patches.transpose(1, 2).reshape(-1, 27)
@@ -129,5 +121,4 @@ def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
     filters *= filters.sum(1, keepdim=True).sign()
     pairs = torch.stack([filters, -filters], 1).view(-1, 3, 3, 3)  # (54, 3, 3, 3)
     weight = net.conv1[0].weight
-    n = min(len(weight), len(pairs))
-    weight[:n] = pairs[:n].to(weight)
+    weight[:54] = pairs[: len(weight)].to(weight)

@@ -19,11 +19,8 @@ MUON_MOMENTUM = 0.6  # airbench's
 def orthogonalize(update: Tensor, steps: int = 3) -> Tensor:
     """Newton-Schulz iteration towards the nearest matrix with orthonormal rows or columns.
 
-    Three steps are airbench's. In float32: a CPU without bfloat16 arithmetic gains nothing by it.
-
-    Args:
-        update: (out, in).
-        steps: iterations.
+    Of a matrix (out, in). Three steps are airbench's. In float32: a CPU without bfloat16
+    arithmetic gains nothing by it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, no need to converge to 1
     tall = update.shape[0] > update.shape[1]
@@ -47,12 +44,8 @@ class MuonSGD(SGD):
         """Update every group; returns the loss of the closure, if there is one."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        for group in self.param_groups:
-            if not group.get("muon"):
-                continue
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+        for group in [group for group in self.param_groups if group.get("muon")]:
+            for p in [p for p in group["params"] if p.grad is not None]:
                 state, gradient = self.state[p], p.grad
                 if "muon_buffer" not in state:
                     state["muon_buffer"] = torch.zeros_like(gradient)
@@ -68,9 +61,7 @@ class MuonSGD(SGD):
 def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
     """Parameters by how they are trained: SGD with and without weight decay, Muon.
 
-    Args:
-        net: the network.
-        h: the task's hyperparameters.
+    `h` are the task's hyperparameters.
     """
     inner = [layer[0].weight for layer in list(net.children())[1:-1]] if h["muon_lr"] else []
     rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in inner)]
@@ -85,12 +76,9 @@ def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
 
 
 def triangle(step: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate: linear from a tenth to 1, then linear to 0.
+    """Factor of the learning rate after `step` of `total` steps.
 
-    Args:
-        step: steps taken.
-        total: steps of the whole run.
-        warmup: share of the steps in which the rate rises.
+    Linear from a tenth to 1 in the share `warmup` of the steps, then linear to 0.
     """
     top = max(1, round(warmup * total)) if warmup else 0
     if step < top:

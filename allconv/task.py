@@ -18,7 +18,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from allconv import distill
 from allconv.augment import normalize
 from allconv.cifar100 import MEAN, STD
-from allconv.errors import UserError
 from allconv.model import AllCNN, biases_before_norm, dirac_, whiten_
 from allconv.optim import MuonSGD, parameter_groups, triangle
 
@@ -83,6 +82,8 @@ class Classifier(LightningModule):
         if not decay_norms:  # here, not with the optimizer: DDP must not wait for their gradients
             for bias in biases_before_norm(self.net):
                 bias.requires_grad_(False)
+        if compile:
+            self.net.compile()  # in place, so that the names in the checkpoint do not change
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
         self.initialized = False  # whether the weights are trained ones
         self.teacher: distill.Teacher | None = None
@@ -92,23 +93,19 @@ class Classifier(LightningModule):
         self.train_loss = MeanMetric(nan_strategy="disable")
         classes = self.net.num_classes
         options = {"num_classes": classes, "average": "micro", "validate_args": False}
-        self.metrics = nn.ModuleDict(
-            {
-                "loss": MeanMetric(nan_strategy="disable"),
-                "acc": MulticlassAccuracy(**options),
-                "top5": MulticlassAccuracy(top_k=min(5, classes), **options),
-                "n": SumMetric(nan_strategy="disable"),
-            }
-        )
+        self.metrics = nn.ModuleDict()
+        self.metrics["loss"] = MeanMetric(nan_strategy="disable")
+        self.metrics["acc"] = MulticlassAccuracy(**options)
+        self.metrics["top5"] = MulticlassAccuracy(top_k=min(5, classes), **options)
+        self.metrics["n"] = SumMetric(nan_strategy="disable")
         self.acc_flip = MulticlassAccuracy(**options)
 
     def _check(self) -> None:
-        """Refuse arguments that are out of their range."""
+        """Refuse what torch would train with: nothing would be learnt."""
         h = self.hparams
         for name, right, rule in (
             ("lr", h.lr > 0, "above 0"),
             ("momentum", 0 <= h.momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", h.weight_decay >= 0, "at least 0"),
             ("milestones", all(m > 0 for m in h.milestones), "a list of numbers above 0"),
             ("gamma", h.gamma > 0, "above 0"),
             ("warmup", h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
@@ -119,14 +116,10 @@ class Classifier(LightningModule):
                 raise ValueError(f"model.{name} is {h[name]}: it must be {rule}")
 
     def setup(self, stage: str) -> None:
-        """Load the teacher, and initialize new weights; a checkpoint is loaded after this.
-
-        Raises:
-            ValueError: whitening or a teacher was asked for without the CIFAR100 data module.
-        """
-        data, h = self.trainer.datamodule, self.hparams
+        """Load the teacher, and initialize new weights; a checkpoint is loaded after this."""
         if stage != "fit":
             return
+        data, h = self.trainer.datamodule, self.hparams
         if (h.whiten or h.teacher) and "train" not in getattr(data, "sets", {}):
             raise ValueError("model.whiten and model.teacher need the CIFAR100 data module")
         if h.teacher:
@@ -141,19 +134,10 @@ class Classifier(LightningModule):
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Keep the weights from being initialized; refuse to go on with another teacher.
-
-        Raises:
-            UserError: the teacher's file holds other weights than it did.
-        """
+        """Keep the weights from being initialized; refuse to go on with another teacher."""
         self.initialized = True
-        if self.teacher and checkpoint.get("teacher") != self.teacher.digest:
-            raise UserError(f"model.teacher is {self.hparams.teacher}: its weights have changed")
-
-    def configure_model(self) -> None:
-        """Compile in place, so that the names in the checkpoint do not change."""
-        if self.hparams.compile:
-            self.net.compile()
+        if self.teacher:
+            self.teacher.check(checkpoint.get("teacher"))
 
     def configure_optimizers(self):
         """SGD, or SGD and Muon, and a schedule by steps.
@@ -161,19 +145,18 @@ class Classifier(LightningModule):
         By steps, not epochs: Lightning saves checkpoints before it steps the epoch's scheduler,
         and a resumed run would keep the old rate for one epoch more.
         """
-        h = self.hparams
+        h, trainer = self.hparams, self.trainer
         groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True
         optimizer = MuonSGD(groups, h.lr, h.momentum, nesterov=h.nesterov, fused=fused)
-        self.trainer.fit_loop.setup_data()  # the number of batches is not known before
-        batches = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        steps = math.ceil(batches)  # an epoch's last batch always ends a step
+        trainer.fit_loop.setup_data()  # the number of batches is not known before
+        # an epoch's last batch always ends a step
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if h.warmup is None:
-            milestones = [epoch * steps for epoch in h.milestones]
-            schedule = MultiStepLR(optimizer, milestones, h.gamma)
-        elif self.trainer.max_epochs < 0:
+            schedule = MultiStepLR(optimizer, [epoch * steps for epoch in h.milestones], h.gamma)
+        elif trainer.max_epochs < 0:
             raise ValueError("model.warmup is a share of trainer.max_epochs: give a number")
         else:
-            total = steps * self.trainer.max_epochs
+            total = steps * trainer.max_epochs
             schedule = LambdaLR(optimizer, partial(triangle, total=total, warmup=h.warmup))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -186,6 +169,8 @@ class Classifier(LightningModule):
 
         A third element of the batch are the images at 32 x 32 pixels, for the teacher.
         """
+        if batch_idx == 0:
+            self.train_loss.reset()
         images, labels, *full_size = batch
         smoothing, logits = self.hparams.label_smoothing, self(images)
         losses = cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
@@ -195,10 +180,6 @@ class Classifier(LightningModule):
         self.train_loss.update(losses.detach())
         self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         return losses.mean()
-
-    def on_train_epoch_start(self) -> None:
-        """Forget an epoch that was not finished."""
-        self.train_loss.reset()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         """Log the epoch's mean loss and its last rate after its last step.
