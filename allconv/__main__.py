@@ -48,9 +48,9 @@ def main(args: list[str] | None = None) -> None:
         print(HELP.format(commands="\n".join(f"  {k:{width}}{v}" for k, v in COMMANDS.items())))
         return
     if args[0] == "--version":
-        from importlib.metadata import version
+        import allconv
 
-        print(f"allconv {version('allconv')}")
+        print(f"allconv {allconv.__version__}")
         return
     if args[0] not in COMMANDS:
         import difflib

@@ -1,7 +1,4 @@
-"""Augmentation and normalization: pure functions on a batch of images, on its device.
-
-Each image gets a draw of its own.
-"""
+"""Augmentation and normalization: pure functions on a batch; each image has its own draw."""
 
 import functools
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -19,7 +18,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from allconv import plots
 from allconv.errors import UsageError, UserError
 from allconv.loggers import Table
-from allconv.progress import Progress, run_directory
+from allconv.progress import run_directory
 from allconv.rundir import read_metrics, write_whole
 
 
@@ -194,53 +193,38 @@ class Predictions(Callback):
             board.add_figure("confusion", confusion, step)
 
 
+REFUSED = {
+    "GradientAccumulationScheduler": "it changes the number of steps, which the learning rate "
+    "depends on; use --trainer.accumulate_grad_batches",
+    "OnExceptionCheckpoint": "Lightning would start a new run from the file of an older one; "
+    "last.ckpt, of the last whole epoch, is always kept",
+}
+
+
 def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
     """Refuse callbacks of Lightning's that would do something else than they say.
 
     Raises:
         UsageError: they do not go with the settings.
     """
-    kinds = {type(callback).__name__ for callback in trainer.callbacks}
-    if resumed and kinds & {"LearningRateFinder", "BatchSizeFinder"}:
-        raise UsageError("a finder starts from the first epoch: leave it out of a resumed run")
-    if "LearningRateFinder" in kinds and (task.hparams.muon_lr or task.hparams.warmup is not None):
-        raise UsageError(
-            "LearningRateFinder finds one constant learning rate: it needs --model.muon_lr 0 and "
-            "--model.warmup null"
-        )
-    if "GradientAccumulationScheduler" in kinds:
-        raise UsageError(
-            "GradientAccumulationScheduler changes the number of steps, which the learning rate "
-            "depends on; use --trainer.accumulate_grad_batches"
-        )
-    if "OnExceptionCheckpoint" in kinds:
-        raise UsageError(
-            "OnExceptionCheckpoint: Lightning would start a new run from the file of an older one; "
-            "last.ckpt, of the last whole epoch, is always kept"
-        )
-    if "ModelPruning" in kinds:  # torch's pruning cannot flatten weights that are channels last
-        task.net.to(memory_format=torch.contiguous_format)
+    for name in (type(callback).__name__ for callback in trainer.callbacks):
+        why = REFUSED.get(name)
+        if resumed and name.endswith("Finder"):
+            why = "it starts from the first epoch: leave it out of a resumed run"
+        elif name == "LearningRateFinder" and (
+            task.hparams.muon_lr or task.hparams.warmup is not None
+        ):
+            why = "it finds one constant rate: it needs --model.muon_lr 0 and --model.warmup null"
+        if why:
+            raise UsageError(f"{name}: {why}")
+        if name == "ModelPruning":  # torch's pruning cannot flatten weights that are channels last
+            task.net.to(memory_format=torch.contiguous_format)
 
 
-def of_fit(given: Namespace, own: list[Callback], bar: bool) -> list[Callback]:
-    """The callbacks of a training; what the Trainer's flags turn off is left out.
-
-    Args:
-        given: the Trainer's arguments.
-        own: the callbacks that the user gave.
-        bar: whether a progress bar is shown.
-    """
-    found = [EpochSeed(), StepLoss(), Progress(bar)]
-    summary = any(isinstance(callback, ModelSummary) for callback in own)
-    if given.enable_model_summary is not False and not summary:
-        found.append(NetSummary(max_depth=2))
-    if given.logger is False or given.fast_dev_run:  # then there is no run directory
-        return found
-    found += [Curves(), Predictions()]
-    if given.enable_checkpointing is not False:
-        replace = {"enable_version_counter": False}
-        found += [
-            ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
-            LastCheckpoint(filename="last", save_on_train_epoch_end=True, **replace),
-        ]
-    return found
+def checkpoints() -> list[ModelCheckpoint]:
+    """The callbacks that keep best.ckpt and last.ckpt."""
+    replace = {"enable_version_counter": False}
+    return [
+        ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
+        LastCheckpoint(filename="last", save_on_train_epoch_end=True, **replace),
+    ]

@@ -1,6 +1,7 @@
 """LightningCLI for fit, validate and test: the one place where the parts meet."""
 
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -17,7 +18,7 @@ from allconv import callbacks, checkpoints, datasets, evaluation, rundir, runtim
 from allconv.data import CIFAR100
 from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError
 from allconv.loggers import SaveConfig, loggers
-from allconv.progress import run_directory
+from allconv.progress import Progress, run_directory
 from allconv.task import Classifier
 
 
@@ -60,51 +61,38 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --init and --recipe; to every command, since all of them read a run's config.yaml."""
-        parser.add_argument(
-            "--init", type=str | None, default=None, help="Weights to start from (fit only)."
-        )
-        parser.add_argument(
-            "--recipe",
-            type=str | None,
-            default=None,
-            help="What `runs` calls the run (default: the names of the --config files).",
-        )
+        for name, text in (
+            ("init", "Weights to start from (fit only)."),
+            ("recipe", "What `runs` calls the run (default: the names of the --config files)."),
+        ):
+            parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Find the checkpoint, put its run's configuration in front, and parse."""
         command, *rest = sys.argv[1:] if args is None else args
         if {"-h", "--help"} & set(rest):
             parser.parse_args([command, "--help"])
-        rest = settings.split(rest)
-        files = settings.config_files(rest)
-        try:
-            contents = [rundir.read_yaml(path) for path in files]
-        except rundir.RunError as error:
-            raise UsageError(f"--config {error}") from None
-        name = settings.given("ckpt_path", rest, contents)
+        named, files, rest = settings.early(rest)
+        self.logs = Path(named.get("trainer.default_root_dir") or ".") / rundir.LOGS
+        name = named.get("ckpt_path")
         name = "best" if name is None and command != "fit" else name
-        logs = self._logs(settings.given("trainer.default_root_dir", rest, contents))
         if name is not None:
-            if settings.given("init", rest, contents) is not None:
+            if named.get("init") is not None:
                 raise UsageError("--init starts a new run and --ckpt_path resumes one: pass one")
-            path = checkpoints.find(name, logs)
+            path = checkpoints.find(name, self.logs)
             self.checkpoint = checkpoints.load(path, resume=command == "fit")
-            self.before = settings.run_settings(self.checkpoint, f"{rest} {contents}")
+            self.before = settings.run_settings(self.checkpoint, f"{named} {rest}")
             rest = [f"--config={json.dumps(self.before, default=str)}", *rest]
         self.config = parser.parse_args([command, *rest])
         config = self.config[command]
         settings.check(config, self.checkpoint, resumed=self.checkpoint and command == "fit")
-        told = self.checkpoint or settings.given("model.num_classes", rest, contents)
+        told = self.checkpoint or "model.num_classes" in named
         if config.data.folder is not None and not told:
             config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
         config.ckpt_path = None  # of this call, not of the run
         if config.seed_everything is True:  # random, written down, and the same in all processes
             config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
-
-    @staticmethod
-    def _logs(root: str | None) -> Path:
-        return Path(root or ".") / rundir.LOGS
 
     def instantiate_classes(self) -> None:
         """Make the model, the data and the trainer; what they refuse is a usage error."""
@@ -121,77 +109,78 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         """Add what belongs to the command; without a terminal, lines instead of a bar."""
-        given = self.config_init[self.subcommand].trainer
+        given, fit = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
         own = _several(given.callbacks)
-        own_bar = any(isinstance(callback, ProgressBar) for callback in own)
+        own_bar = _any(own, ProgressBar)
         bar = sys.stdout.isatty() and given.enable_progress_bar is not False and not own_bar
-        self.save_config_callback = None
-        if self.subcommand != "fit":
-            always = [callbacks.Predictions(self.checkpoint.folder)]
+        if not fit:
+            added = [callbacks.Predictions(self.checkpoint.folder)]
             kwargs |= {"logger": False, "enable_progress_bar": bar or own_bar}
         elif given.barebones:
-            always = [callbacks.EpochSeed()]
+            added = [callbacks.EpochSeed()]
         else:
-            always = callbacks.of_fit(given, own, bar)
+            added = [callbacks.EpochSeed(), callbacks.StepLoss(), Progress(bar)]
+            if given.enable_model_summary is not False and not _any(own, ModelSummary):
+                added.append(callbacks.NetSummary(max_depth=2))
             self.run_wanted = given.logger is not False and not given.fast_dev_run
-            self.save_config_callback = SaveConfig if self.run_wanted else None
-            kwargs["plugins"] = [*_several(given.plugins), callbacks.WholeCheckpointIO()]
+            if self.run_wanted:
+                added += [callbacks.Curves(), callbacks.Predictions()]
+            if self.run_wanted and given.enable_checkpointing is not False:
+                added += callbacks.checkpoints()
+            if given.logger is False and not _any(own, Checkpoint):
+                kwargs["enable_checkpointing"] = False  # Lightning would write into the folder
             self.loggers = _several(given.logger)
             kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
-            if given.logger is False and not any(isinstance(c, Checkpoint) for c in own):
-                kwargs["enable_checkpointing"] = False  # Lightning would write into the folder
+            kwargs["plugins"] = [*_several(given.plugins), callbacks.WholeCheckpointIO()]
+        if not self.run_wanted:
+            self.save_config_callback = None
         if given.max_time:  # by itself it would stop, validate and save inside an epoch
-            always.append(Timer(given.max_time, interval="epoch"))
+            added.append(Timer(given.max_time, interval="epoch"))
             kwargs["max_time"] = None
-        self.trainer_defaults["callbacks"] = always
-        if not given.barebones:
-            kwargs["enable_model_summary"] = False
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(callbacks=[*own, *added], **kwargs)
 
     def before_fit(self) -> None:
         """Read the data, then make or find the run directory: no failure leaves an empty one."""
-        config, trainer = self.config.fit, self.trainer
+        config, trainer, run, step = self.config.fit, self.trainer, None, 0
+        done = self.checkpoint and self.checkpoint.epoch
         if config.init is not None:
-            initial = checkpoints.load(
-                checkpoints.find(config.init, self._logs(config.trainer.default_root_dir), "init")
-            )
-            net, path, weights = self.model.net, initial.path, initial.weights
-            width, there = initial.hparams["width"], initial.hparams["num_classes"]
-            if width != net.width:
-                what = f"model.width {width}, but it is {net.width} here"
-                raise checkpoints.CheckpointError(f"{path}: made with {what}")
-            if there != net.num_classes:  # the last layer stays new
-                weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
-                counts = f"{there} classes there, {net.num_classes} here"
-                if trainer.is_global_zero:
-                    print(f"from {path}: all weights but the last layer's ({counts})", flush=True)
-            net.load_state_dict(weights)
+            self._begin_with(checkpoints.load(checkpoints.find(config.init, self.logs, "init")))
         self.model.initialized = bool(self.checkpoint or config.init)
         callbacks.check(trainer, self.model, resumed=bool(self.checkpoint))
-        done, epochs = self.checkpoint and self.checkpoint.epoch, trainer.max_epochs
-        if done and 0 <= epochs <= done:
+        if done and 0 <= trainer.max_epochs <= done:
             raise UsageError(f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
         if trainer.world_size > 1:  # Lightning's handler waits for the other processes
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self.run_wanted:
             return
-        run, step = Path(rundir.LOGS, "version_0"), 0  # the other processes write nothing
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # the other processes write nothing
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-            run = None
             if self.checkpoint:
                 run, step = self.checkpoint.run, self.checkpoint.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
             if not run:
-                logs = self._logs(config.trainer.default_root_dir)
-                run = self.created = rundir.create(logs)
+                run = self.created = rundir.create(self.logs)
             self.held.enter_context(rundir.lock(run))
             now = self.checkpoint and checkpoints.load(self.checkpoint.path, resume=True)
             if now and now.step != step:
                 raise rundir.RunError(f"{now.path}: another process went on with it just now")
-        trainer.loggers = [*loggers(run, step), *self.loggers]
+        trainer.loggers = [*loggers(run or Path(rundir.LOGS, "version_0"), step), *self.loggers]
+
+    def _begin_with(self, initial: checkpoints.Checkpoint) -> None:
+        """Start from the weights of --init; with other classes, all but the last layer's."""
+        net, path, weights = self.model.net, initial.path, initial.weights
+        width, there = initial.hparams["width"], initial.hparams["num_classes"]
+        if width != net.width:
+            what = f"model.width {width}, but it is {net.width} here"
+            raise checkpoints.CheckpointError(f"{path}: made with {what}")
+        if there != net.num_classes:
+            weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
+            counts = f"{there} classes there, {net.num_classes} here"
+            if self.trainer.is_global_zero:
+                print(f"from {path}: all weights but the last layer's ({counts})", flush=True)
+        net.load_state_dict(weights)
 
     def fit(self, ckpt_path=None, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
@@ -216,7 +205,10 @@ class CLI(LightningCLI):
                 raise
             # settings that cannot work, or a checkpoint that cannot be used
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise UsageError(f"{kind}{error}") from None
+            message = str(error)
+            if not message:  # as of a method that is left to a subclass
+                message = f"raised by {inspect.trace()[-1].frame.f_code.co_qualname}"
+            raise UsageError(f"{kind}{message}") from None
         except SystemExit as stop:
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
@@ -235,6 +227,10 @@ class CLI(LightningCLI):
             evaluation.write(self.checkpoint, self.datamodule, self.subcommand, metrics)
 
     validate = test
+
+
+def _any(values: list, kind: type) -> bool:
+    return any(isinstance(value, kind) for value in values)
 
 
 def _several(value: object) -> list:

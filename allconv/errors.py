@@ -58,8 +58,9 @@ def end(code: int, message: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = " ".join(str(message).split())
     # jsonargparse lists every type that was tried: what the class that was named said
-    if failed := re.match("Does not validate.* Errors: - (.*?) - (Not a v|Expected )", line):
-        line = failed[1]
+    first = "(^Does not validate.*? Errors: - |(?=Problem with|Import path does))"
+    if failed := re.search(first + "(.*?) - (Problem|Import|Not a v|Expected )", line):
+        line = failed[2]
     say(line)
     sys.exit(code)
 
@@ -102,9 +103,10 @@ def command() -> Iterator[None]:
 
 
 class OneLineErrors:
-    """Mixin for parsers: an error is one line that names the nearest valid key or class."""
+    """Mixin for parsers: an error is one line that names what may have been meant."""
 
     classes: tuple[str, ...] = ()  # that may be named by a value
+    recipes: tuple[str, ...] = ()  # that may be named by --config
 
     def __init__(self, *args, **kwargs):
         # the parser of a named class has no name of its own; keys are exact
@@ -113,24 +115,23 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        line, names = " ".join(message.split()), []
-        if re.search("nrecognized|not expected|not accept", line):
-            names = {key for a in parser._actions for key in (a.dest, *a.option_strings)}
-            words = re.findall(r"--[\w.]+|[\"'][\w.]+[\"']", line)
+        line, words, meant = " ".join(message.split()), [], {}
+        if re.search("nrecognized|not accept", line):
+            words = re.findall(r"--[\w.]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
+            meant = {key: key for a in parser._actions for key in (a.dest, *a.option_strings)}
+            words = [word for word in words if word not in meant]
+            meant |= {name: f"--config {name}" for name in self.recipes}
         elif no_class := re.match(r"(.*?)- Expected a path but (\w+) ", line):
-            names, words = self.classes, [no_class[2]]
+            words, meant = [no_class[2]], {name: name for name in self.classes}
             line = f"{no_class[1]}no class {no_class[2]}"
-        if names:
-            unknown = [word.strip("\"'") for word in words if word.strip("\"'") not in names]
-            near = [match for word in unknown for match in _near(word, names)]
-            line += f"; did you mean {near[0]}?" if near else ""
         elif union := re.match(
             r"(.*?)Does not validate .* Errors: - Expected a (.*) Given value type: .*: (.*)", line
         ):
             kinds = union[2].replace("typing.", "").split(" - Expected a ")
             kinds = [re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", kind) for kind in kinds]
             line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
-        end(2, line)
+        near = [match for word in words for match in _near(word, meant)]
+        end(2, f"{line}; did you mean {meant[near[0]]}?" if near else line)
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:

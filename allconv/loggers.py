@@ -100,15 +100,13 @@ class SaveConfig(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The hyperparameters with the results of the best epoch."""
         if best := best_row(run_directory(trainer)):
-            defaults = self.parser.get_defaults()
+            defaults, always = self.parser.get_defaults(), ("seed_everything", "trainer.max_epochs")
             # TensorBoard sorts by name and shows the first five: changed settings only
             settings = {
                 key: value
                 for key, value in self.config.items()
-                if key.startswith(("model.", "data.")) and value != defaults[key]
+                if key in always or (key.startswith(("model.", "data.")) and value != defaults[key])
             }
             settings.pop("data.data_dir", None)
-            for key in ("seed_everything", "trainer.max_epochs"):
-                settings[key] = self.config[key]
             results = {"val/best_acc": best["val/acc"], "val/best_loss": best["val/loss"]}
             trainer.loggers[0].log_hyperparams(settings, results)

@@ -27,12 +27,9 @@ def sample(n: int) -> Tensor:
 
 
 def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> Figure:
-    """Cross-entropy and accuracy over the epochs.
+    """Cross-entropy and accuracy over the epochs; `upright` for a narrow page.
 
-    Args:
-        rows: a run's metrics, one dict an epoch, with the project's metric names.
-        title: what the run was.
-        upright: one above the other, for a narrow page.
+    `rows` are a run's metrics, one dict an epoch, with the project's metric names.
     """
     figure = Figure(figsize=(5, 6.5) if upright else (10, 4), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -89,22 +86,11 @@ def legend(axes) -> None:
 
 
 def predictions(
-    images: Tensor,
-    labels: Tensor,
-    logits: Tensor,
-    names: tuple[str, ...],
-    title: str,
-    columns: int = 5,
+    images: Tensor, labels: Tensor, logits: Tensor, names: tuple[str, ...], title: str, columns: int
 ) -> Figure:
     """Images with their true class, predicted class and its probability.
 
-    Args:
-        images: (N, 3, H, W) uint8.
-        labels: (N,) true classes.
-        logits: (N, classes).
-        names: class names.
-        title: where the images are from.
-        columns: images in a row.
+    Images are (N, 3, H, W) uint8, labels (N,) and logits (N, classes); `names` are the classes'.
     """
     probabilities, predicted = logits.float().softmax(1).max(1)
     rows = math.ceil(len(images) / columns)
@@ -114,8 +100,7 @@ def predictions(
         axes.axis("off")
         if i >= len(images):
             continue
-        right = labels[i] == predicted[i]
-        color, mark = (BLUE, "✓") if right else (VERMILION, "✗")
+        color, mark = (BLUE, "✓") if labels[i] == predicted[i] else (VERMILION, "✗")
         axes.imshow(images[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_title(
             f"{mark} {readable(names[predicted[i]])} {100 * probabilities[i]:.0f} %\n"
@@ -129,11 +114,8 @@ def predictions(
 def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[str, ...]], title):
     """Confusion matrix, the classes of a group side by side.
 
-    Args:
-        matrix: (classes, classes) counts, true class by predicted class.
-        names: class names in the order of the matrix.
-        groups: group names with the class names in them.
-        title: what was evaluated.
+    `matrix` are the counts (classes, classes), true class by predicted class, in the order of
+    `names`; `groups` are group names with the class names in them.
     """
     order = [names.index(name) for members in groups.values() for name in members]
     shares = matrix[order][:, order].double()

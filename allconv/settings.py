@@ -1,9 +1,9 @@
 """Which settings apply: recipes, a run's config.yaml in front of the arguments, contradictions."""
 
+import argparse
 import json
 import os
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from allconv.checkpoints import Checkpoint, CheckpointError
 from allconv.errors import OneLineErrors, UsageError, UserError, say
-from allconv.rundir import CONFIGS, flat, read_yaml
+from allconv.rundir import CONFIGS, RunError, flat, read_yaml
 
 RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
 REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
@@ -31,8 +31,9 @@ DIVISORS = (
     *("accumulate_grad_batches", "check_val_every_n_epoch"),
     *("limit_train_batches", "val_check_interval"),
 )
+GROUPS = {"trainer", "model", "data"}
 # what is read before the arguments are parsed
-EARLY = ("-c", "--config", "--ckpt_path", "--init", "--trainer.default_root_dir")
+EARLY = ("ckpt_path", "init", "trainer.default_root_dir", "model.num_classes")
 # code that a run's config.yaml may name
 TRUSTED = ("lightning.", "torch.", "allconv.")
 
@@ -41,6 +42,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors of one line."""
 
     classes = (*callbacks.__all__, *loggers.__all__)
+    recipes = tuple(RECIPES)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say where to find what other projects with LightningCLI have elsewhere."""
@@ -54,38 +56,37 @@ class Parser(OneLineErrors, LightningArgumentParser):
         super().error(message, ex)
 
 
-def split(args: list[str]) -> list[str]:
-    """The arguments with `--key=value` as two, for the keys that are read before parsing."""
-    found = []
-    for arg in args:
-        key, *value = arg.split("=", 1)
-        found += [key, *value] if key in EARLY else [arg]
-    return found
+class Early(OneLineErrors, argparse.ArgumentParser):
+    """Parser of what the others depend on."""
 
 
-def config_files(args: list[str]) -> list[Path]:
-    """The --config files; in `args`, names of recipes are replaced by their files."""
-    files = []
-    for i, (key, name) in enumerate(pairwise(args), 1):
-        if key in ("-c", "--config"):
-            path = Path(name) if Path(name).is_file() else RECIPES.get(name)
-            if path is None:
-                names = ", ".join(sorted(RECIPES))
-                raise UsageError(f"--config {name}: no such file; recipes: {names}")
-            args[i] = str(path)
-            files.append(path)
-    return files
+def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
+    """What has to be known before the arguments can be parsed.
 
-
-def given(key: str, args: list[str], contents: list[dict[str, object]]) -> str | None:
-    """The last value of a flag, or of a key in the --config files."""
-    values = []
-    for value in contents:
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        values.append(value)
-    values += [value for name, value in pairwise(args) if name == f"--{key}"]
-    return next((str(value) for value in reversed(values) if value is not None), None)
+    Returns:
+        The settings of the --config files, and of the flags the EARLY ones, by dotted key; the
+        files; and the arguments with these in front, names of recipes replaced by their files.
+    """
+    parser = Early(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for key in EARLY:
+        parser.add_argument(f"--{key}")
+    found, rest = parser.parse_known_args(args)
+    flags, named, files = vars(found), {}, []
+    for name in flags.pop("config"):
+        path = Path(name) if Path(name).is_file() else RECIPES.get(name)
+        if path is None:
+            names = ", ".join(sorted(RECIPES))
+            raise UsageError(f"--config {name}: no such file; recipes: {names}")
+        try:
+            named |= flat(read_yaml(path))
+        except RunError as error:
+            raise UsageError(f"--config {error}") from None
+        files.append(path)
+    for group in GROUPS & named.keys():
+        raise UsageError(f"{group} is {named[group]}: expected keys and values")
+    front = [("config", path) for path in files] + list(flags.items())
+    return named | flags, files, [*(f"--{key}={value}" for key, value in front), *rest]
 
 
 def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
@@ -132,9 +133,6 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         UsageError: they never work.
         CheckpointError: they are not those that the checkpoint was made with.
     """
-    for group in ("trainer", "model", "data"):
-        if not isinstance(config[group], Namespace):
-            raise UsageError(f"{group} is {config[group]}: expected keys and values")
     if resumed and config.trainer.max_steps != -1:  # Lightning would count the last epoch twice
         raise UsageError(
             f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "

@@ -49,9 +49,6 @@ class Classifier(LightningModule):
             image averaged.
         compile: compile the network with torch.compile (faster on a GPU; no gain on a CPU).
         **net: arguments of AllCNN.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -101,11 +98,12 @@ class Classifier(LightningModule):
         self.acc_flip = MulticlassAccuracy(**options)
 
     def _check(self) -> None:
-        """Refuse what torch would train with: nothing would be learnt."""
+        """Refuse what torch would train with; it looks at no group of parameters."""
         h = self.hparams
         for name, right, rule in (
             ("lr", h.lr > 0, "above 0"),
             ("momentum", 0 <= h.momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", h.weight_decay >= 0, "at least 0"),
             ("milestones", all(m > 0 for m in h.milestones), "a list of numbers above 0"),
             ("gamma", h.gamma > 0, "above 0"),
             ("warmup", h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
@@ -165,13 +163,10 @@ class Classifier(LightningModule):
         return self.net(images.to(self.dtype))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of normalized images (B, 3, H, W) and labels (B,) or (B, num_classes).
-
-        A third element of the batch are the images at 32 x 32 pixels, for the teacher.
-        """
+        """Loss of normalized images (B, 3, H, W) and labels (B,) or (B, num_classes)."""
         if batch_idx == 0:
             self.train_loss.reset()
-        images, labels, *full_size = batch
+        images, labels, *full_size = batch  # full_size: the images at 32 x 32, for the teacher
         smoothing, logits = self.hparams.label_smoothing, self(images)
         losses = cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
         if self.teacher:

@@ -97,6 +97,19 @@ def test_a_typo_in_a_recipe_lists_their_names(refused):
         assert all(name in line for name in RECIPES)
 
 
+def test_a_forgotten_config_is_named(own_folder, refused):
+    for args in (["demo"], ["--model.width", "4", "dmeo"]):
+        assert "did you mean --config demo?" in refused("fit", *args, code=2)
+
+
+def test_flags_win_over_files_that_come_after_them(own_folder, capsys):
+    Path("a.yaml").write_text("trainer: {default_root_dir: b}\n")
+    args = "fit --trainer.default_root_dir=a --config a.yaml --config demo".split()
+    assert printed_config(capsys, *args)["trainer"]["default_root_dir"] == "a"
+    args = "fit --data.batch_size 7 --config a.yaml --config demo".split()
+    assert printed_config(capsys, *args)["data"]["batch_size"] == 7
+
+
 def test_a_run_is_found_through_a_configuration(run, capsys):
     """`ckpt_path` and `trainer.default_root_dir` in a file count as the flags do."""
     Path("last.yaml").write_text("ckpt_path: last\n")
