@@ -190,7 +190,7 @@ class CLI(LightningCLI):
         """Run the trainer; Lightning exits with 1 after Ctrl-C and 0 after SIGTERM."""
         try:
             with runtime.stops():
-                getattr(self.trainer, self.subcommand)(weights_only=True, **kwargs)
+                getattr(self.trainer, self.subcommand)(**kwargs)
         except Exception as error:
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:

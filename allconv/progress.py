@@ -151,8 +151,9 @@ class Progress(Callback):
                 f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
             )
         for callback in trainer.early_stopping_callbacks:
-            if callback.stopping_reason_message and not callback.verbose:
-                self._print(f"stopped early: {callback.stopping_reason_message}")
+            reason = getattr(callback, "stopping_reason_message", None)  # not in Lightning 2.5
+            if reason and not callback.verbose:
+                self._print(f"stopped early: {reason}")
         if best := best_row(run):
             self._print(
                 f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.title}: "

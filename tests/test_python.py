@@ -1,6 +1,5 @@
 """From Python, as a user of Lightning expects it: plain Trainer, loaders, checkpoints."""
 
-import tomllib
 from pathlib import Path
 
 import lightning
@@ -61,8 +60,8 @@ def test_names_of_the_package():
 
 
 def test_version_is_the_packages():
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    assert allconv.__version__ == project.get("version", allconv.__version__)
+    project = (REPO / "pyproject.toml").read_text()  # Python 3.10 has no reader for TOML
+    assert f'\nversion = "{allconv.__version__}"\n' in project
 
 
 def test_checkpoint_is_loaded_as_lightning_does(run):
@@ -91,7 +90,7 @@ def test_loaders_before_setup(own_folder):
 def test_predict_gives_the_logits_of_the_test_images(run):
     best = str(run / "checkpoints/best.ckpt")
     data = CIFAR100(demo=True)
-    found = torch.cat(small().predict(Classifier(width=4), data, ckpt_path=best, weights_only=True))
+    found = torch.cat(small().predict(Classifier(width=4), data, ckpt_path=best))
     with torch.no_grad():
         expected = load(best)(normalize(data.sets["test"].images, MEAN, STD))
     torch.testing.assert_close(found, expected)

@@ -205,7 +205,7 @@ def test_resuming_and_evaluating_do_not_whiten(own_folder, monkeypatch):
     began.save_checkpoint("one.ckpt")
 
     resumed = Classifier(width=4, whiten=True)
-    trainer(max_epochs=1, **short).fit(resumed, data, ckpt_path="one.ckpt", weights_only=True)
+    trainer(max_epochs=1, **short).fit(resumed, data, ckpt_path="one.ckpt")
     assert torch.equal(first(resumed), trained)
 
     def never(*args):
