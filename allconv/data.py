@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import CutMix
 
 from allconv import augment, datasets
 from allconv.cifar100 import MEAN, STD, DataError, Images
+from allconv.errors import check_ranges
 
 
 class CIFAR100(LightningDataModule):
@@ -53,12 +54,12 @@ class CIFAR100(LightningDataModule):
         folder: str | None = None,
     ):
         super().__init__()
-        steps = "" if folder is not None else "a multiple of 100 "
-        whole_classes = folder is not None or val_size % 100 == 0
+        step = 100 if folder is None else 1  # the same number of each class
+        val_right = 0 <= val_size < 50_000 and val_size % step == 0
         sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
         rules = {
             "batch_size": (batch_size >= 1, "at least 1"),
-            "val_size": (whole_classes and 0 <= val_size < 50_000, f"{steps}from 0 to 49900"),
+            "val_size": (val_right, f"a multiple of {step} from 0 to 49900"),
             "split_seed": (0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
             "crop": (0 <= crop < 32, "from 0 to 31"),
             "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
@@ -66,9 +67,7 @@ class CIFAR100(LightningDataModule):
             "folder": (not (demo and folder), "null when data.demo is true"),
         }
         self.save_hyperparameters(logger=False)
-        for name, (right, rule) in rules.items():
-            if not right:
-                raise ValueError(f"data.{name} is {self.hparams[name]}: it must be {rule}")
+        check_ranges("data", self.hparams, rules)
         self.dataset = datasets.choose(data_dir, demo, folder)
         self.digest: str | None = None  # of a folder's training and validation images
         self.mix = CutMix(num_classes=len(self.dataset.classes))
@@ -81,9 +80,9 @@ class CIFAR100(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the test file for test and predict, for the other stages the training file."""
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
+        if h.sizes and self.trainer and self.trainer.max_epochs < 0:
+            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
         if file not in self.sets:
-            if h.sizes and self.trainer and self.trainer.max_epochs < 0:
-                raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
             found = self.dataset.load(file, h.val_size, h.split_seed)
             self.digest = self.digest if file == "test" else self.dataset.digest(found)
             self.sets |= found
@@ -100,10 +99,8 @@ class CIFAR100(LightningDataModule):
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Refuse to go on with other images."""
         if state.get("digest") != self.digest:
-            what = (
-                f"the images in {self.hparams.folder} are not those that the run was trained with"
-            )
-            raise DataError(f"{what}: start a new run with --init")
+            what = f"the images in {self.hparams.folder} are not those that the run was trained"
+            raise DataError(f"{what} with: start a new run with --init")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; the order depends on the seed and the epoch alone."""

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -38,6 +38,15 @@ class StoppedError(UserError):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+def check_ranges(
+    group: str, values: Mapping[str, object], rules: dict[str, tuple[bool, str]]
+) -> None:
+    """Refuse settings of a group that break their rule; a rule holds whether it is kept."""
+    for name, (kept, rule) in rules.items():
+        if not kept:
+            raise ValueError(f"{group}.{name} is {values[name]}: it must be {rule}")
 
 
 def printable(text: object) -> str:

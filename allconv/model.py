@@ -113,8 +113,7 @@ def whiten_(net: AllCNN, images: Tensor, eps: float = 5e-4) -> None:
     beyond the 54 keep their random initialization. `images` are normalized training images
     (B, 3, H, W); `eps` is added to the variances, to limit the gain of weak directions.
     """
-    patches = nn.functional.unfold(images.double(), 3)  # (B, 27, patches)
-    patches = patches.transpose(1, 2).reshape(-1, 27)
+    patches = nn.functional.unfold(images.double(), 3).transpose(1, 2).reshape(-1, 27)  # (n, 27)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (directions / (variances + eps).sqrt()).T.flip(0)  # strongest direction first
     # the sign of an eigenvector is arbitrary and differs between machines

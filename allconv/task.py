@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from allconv import distill
 from allconv.augment import normalize
 from allconv.cifar100 import MEAN, STD
+from allconv.errors import check_ranges
 from allconv.model import AllCNN, biases_before_norm, dirac_, whiten_
 from allconv.optim import MuonSGD, parameter_groups, triangle
 
@@ -72,7 +73,7 @@ class Classifier(LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self._check()
+        self._check_ranges()
         self.net = AllCNN(**net).to(memory_format=torch.channels_last)
         if dirac:
             dirac_(self.net)
@@ -88,30 +89,27 @@ class Classifier(LightningModule):
         # "disable": a loss that is not a number has to show as one. torchmetrics 1.9 then takes
         # every weight for 1, so the losses go in image by image
         self.train_loss = MeanMetric(nan_strategy="disable")
-        classes = self.net.num_classes
-        options = {"num_classes": classes, "average": "micro", "validate_args": False}
+        options = {"num_classes": self.net.num_classes, "average": "micro", "validate_args": False}
         self.metrics = nn.ModuleDict()
         self.metrics["loss"] = MeanMetric(nan_strategy="disable")
         self.metrics["acc"] = MulticlassAccuracy(**options)
-        self.metrics["top5"] = MulticlassAccuracy(top_k=min(5, classes), **options)
+        self.metrics["top5"] = MulticlassAccuracy(top_k=min(5, self.net.num_classes), **options)
         self.metrics["n"] = SumMetric(nan_strategy="disable")
         self.acc_flip = MulticlassAccuracy(**options)
 
-    def _check(self) -> None:
-        """Refuse what torch would train with; it looks at no group of parameters."""
+    def _check_ranges(self) -> None:
         h = self.hparams
-        for name, right, rule in (
-            ("lr", h.lr > 0, "above 0"),
-            ("momentum", 0 <= h.momentum < 1, "at least 0 and below 1"),
-            ("weight_decay", h.weight_decay >= 0, "at least 0"),
-            ("milestones", all(m > 0 for m in h.milestones), "a list of numbers above 0"),
-            ("gamma", h.gamma > 0, "above 0"),
-            ("warmup", h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
-            ("muon_lr", h.muon_lr >= 0, "at least 0"),
-            ("label_smoothing", 0 <= h.label_smoothing < 1, "from 0 to below 1"),
-        ):
-            if not right:
-                raise ValueError(f"model.{name} is {h[name]}: it must be {rule}")
+        rules = {
+            "lr": (h.lr > 0, "above 0"),
+            "momentum": (0 <= h.momentum < 1, "at least 0 and below 1"),
+            "weight_decay": (h.weight_decay >= 0, "at least 0"),
+            "milestones": (all(m > 0 for m in h.milestones), "a list of numbers above 0"),
+            "gamma": (h.gamma > 0, "above 0"),
+            "warmup": (h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
+            "muon_lr": (h.muon_lr >= 0, "at least 0"),
+            "label_smoothing": (0 <= h.label_smoothing < 1, "from 0 to below 1"),
+        }
+        check_ranges("model", h, rules)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, and initialize new weights; a checkpoint is loaded after this."""
