@@ -21,6 +21,9 @@ from allconv.loggers import SaveConfig, loggers
 from allconv.progress import Progress, run_directory
 from allconv.task import Classifier
 
+# what Lightning and our own classes raise of settings that cannot work
+FLAG_ERRORS = (ValueError, TypeError, MisconfigurationException, ImportError)
+
 
 class CLI(LightningCLI):
     """fit, validate and test, each with its run directory and checkpoint found.
@@ -98,7 +101,7 @@ class CLI(LightningCLI):
         """Make the model, the data and the trainer; what they refuse is a usage error."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException, ImportError) as error:
+        except FLAG_ERRORS as error:
             raise UsageError(error) from None
         found, data = self.model.net.num_classes, self.datamodule.dataset
         if found != (n := len(data.classes)):
@@ -205,10 +208,11 @@ class CLI(LightningCLI):
                 raise
             # settings that cannot work, or a checkpoint that cannot be used
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            message = str(error)
-            if not message:  # as of a method that is left to a subclass
-                message = f"raised by {inspect.trace()[-1].frame.f_code.co_qualname}"
-            raise UsageError(f"{kind}{message}") from None
+            # empty: a method that is left to a subclass
+            message = f"{kind}{str(error) or 'raised by ' + inspect.trace()[-1].function}"
+            if self.checkpoint and not isinstance(error, FLAG_ERRORS):
+                raise checkpoints.CheckpointError(f"{self.checkpoint.path}: {message}") from None
+            raise UsageError(message) from None
         except SystemExit as stop:
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():

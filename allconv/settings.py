@@ -27,10 +27,8 @@ FREE = re.compile(
     r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
 )
 # of the trainer's settings, those that Lightning divides by
-DIVISORS = (
-    *("accumulate_grad_batches", "check_val_every_n_epoch"),
-    *("limit_train_batches", "val_check_interval"),
-)
+DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
+DIVISORS |= {"val_check_interval"}
 GROUPS = {"trainer", "model", "data"}
 # what is read before the arguments are parsed
 EARLY = ("ckpt_path", "init", "trainer.default_root_dir", "model.num_classes")
@@ -138,13 +136,15 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
             f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
             "trainer.max_epochs or trainer.max_time"
         )
-    for key in DIVISORS:
+    for key in sorted(DIVISORS):
         value = config.trainer[key]
         if isinstance(value, int | float) and value <= 0:
             raise UsageError(f"trainer.{key} is {value}: it must be above 0")
     devices, cores = str(config.trainer.devices), os.cpu_count() or 1
     if devices.isdigit() and int(devices) > 8 * cores:  # each is a process that loads torch
         raise UsageError(f"trainer.devices is {devices}: too many for {cores} CPU cores")
+    if re.search("fork|notebook", str(config.trainer.strategy)):  # they hang
+        raise UsageError(f"trainer.strategy is {config.trainer.strategy}: use ddp")
     if not 0 <= config.seed_everything < 2**32:
         raise UsageError(
             f"seed_everything is {config.seed_everything}: it must be from 0 to {2**32 - 1}"

@@ -126,7 +126,7 @@ def test_loggers_of_ones_own_get_what_ours_get(own_folder):
 REFUSED = [
     ("Timer", [], "Interval.step"),  # its default is no text
     ("BackboneFinetuning", [], "no attribute 'backbone'"),
-    ("BaseFinetuning", [], "raised by BaseFinetuning.freeze_before_training"),
+    ("BaseFinetuning", [], "raised by freeze_before_training"),
     ("ThroughputMonitor", [], "batch_size_fn"),
     ("nomodule.Mine", [], "'nomodule.Mine': No module named 'nomodule'"),
     ("os.path", [], "not correspond to a subclass of Callback"),

@@ -227,6 +227,7 @@ BAD_USAGE = {
     "--trainer.accelerator warp": "accelerator",
     "--trainer.accelerator tpu": "torch_xla",
     "--trainer.devices 0": "devices",
+    "--trainer.strategy ddp_notebook": "trainer.strategy is ddp_notebook: use ddp",
     "--trainer.devices 1000": "trainer.devices is 1000",
     "--trainer.accumulate_grad_batches 0": "accumulate_grad_batches is 0: it must be above 0",
     "--trainer.accumulate_grad_batches -1": "accumulate_grad_batches is -1",
