@@ -143,7 +143,7 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
     devices, cores = str(config.trainer.devices), os.cpu_count() or 1
     if devices.isdigit() and int(devices) > 8 * cores:  # each is a process that loads torch
         raise UsageError(f"trainer.devices is {devices}: too many for {cores} CPU cores")
-    if re.search("fork|notebook", str(config.trainer.strategy)):  # they hang
+    if re.search("fork|notebook|spawn", str(config.trainer.strategy)):  # none works
         raise UsageError(f"trainer.strategy is {config.trainer.strategy}: use ddp")
     if not 0 <= config.seed_everything < 2**32:
         raise UsageError(
