@@ -15,7 +15,7 @@ NOISE = re.compile(
     r"(\[rank: \d+\] )?((GPU|TPU|HPU) available|Tip:|💡|Seed set to|`Trainer\.fit` stopped|Restor"
     r"|Using \S+ Automatic Mixed|Trainer already configured with model summary"
     r"|LOCAL_RANK|Loaded model weights|Detected KeyboardInterrupt|Received SIGTERM|-{20}|\s*$"
-    r"|distributed_backend|All distributed|Initializing distributed|`weights_only` was not set)"
+    r"|distributed_backend|All distributed|`weights_only` was not set)"
 )
 WARNINGS = (
     "Checkpoint directory .* exists",  # of a run that is resumed
