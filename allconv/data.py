@@ -59,7 +59,7 @@ class CIFAR100(LightningDataModule):
         sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
         rules = {
             "batch_size": (batch_size >= 1, "at least 1"),
-            "val_size": (val_right, f"a multiple of {step} from 0 to 49900"),
+            "val_size": (val_right, f"from 0 to 49900 in steps of {step}"),
             "split_seed": (0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
             "crop": (0 <= crop < 32, "from 0 to 31"),
             "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),

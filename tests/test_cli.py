@@ -218,7 +218,7 @@ BAD_USAGE = {
     "--model.milestones twenty": "model.milestones",
     "--model.milestones [-3]": "model.milestones",
     "--data.batch_size 0": "data.batch_size is 0",
-    "--data.val_size 5001": "data.val_size is 5001: it must be a multiple of 100 from 0",
+    "--data.val_size 5001": "data.val_size is 5001: it must be from 0 to 49900 in steps of 100",
     "--data.val_size 50000": "data.val_size is 50000",
     "--data.split_seed -1": "data.split_seed is -1",
     "--data.crop 32": "data.crop is 32",
