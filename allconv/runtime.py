@@ -13,7 +13,7 @@ from collections.abc import Iterator
 # Lightning's messages that repeat what `Progress` says, or advertise
 NOISE = re.compile(
     r"(\[rank: \d+\] )?((GPU|TPU|HPU) available|Tip:|💡|Seed set to|`Trainer\.fit` stopped|Restor"
-    r"|Using \S+ Automatic Mixed|Trainer already configured with model summary"
+    r"|Using (\S+ Automatic Mixed|default `Model)|Trainer already configured with model summary"
     r"|LOCAL_RANK|Loaded model weights|Detected KeyboardInterrupt|Received SIGTERM|-{20}|\s*$"
     r"|distributed_backend|All distributed|`weights_only` was not set)"
 )
