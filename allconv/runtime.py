@@ -46,15 +46,17 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def stops() -> Iterator[None]:
-    """Raise again what a signal raised: a C extension that is being loaded makes it an ImportError.
+    """Raise again what a signal raised, where a C extension made another error of it.
 
-    matplotlib loads its backend when the first figure is drawn.
+    Seen in the loading of matplotlib's backend (ImportError) and in torch's writer (RuntimeError).
     """
     try:
         yield
-    except ImportError as error:
-        if isinstance(error.__cause__, SystemExit | KeyboardInterrupt):
-            raise error.__cause__ from None
+    except Exception as error:
+        below = error
+        while below := below.__cause__ or below.__context__:
+            if isinstance(below, SystemExit | KeyboardInterrupt):
+                raise below from None
         raise
 
 

@@ -133,11 +133,28 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
 @pytest.mark.parametrize(
     ("stop", "code"), [("SystemExit(143)", 143), pytest.param("KeyboardInterrupt", 130, marks=SLOW)]
 )
-def test_a_signal_while_a_library_is_loaded_ends_with_its_code(stop, code, own_folder):
-    """A C extension makes an ImportError of what a signal raises: seen with matplotlib's."""
+@pytest.mark.parametrize("place", ["while_loading()", "write_whole(Path('x'), while_writing)"])
+def test_a_signal_in_a_c_extension_ends_with_its_code(stop, code, place, own_folder):
+    """It makes another error of what a signal raises: seen with matplotlib's and torch's."""
     Path("strike.py").write_text(
-        "import lightning.pytorch\nclass Strike(lightning.pytorch.Callback):\n"
-        f"    def on_train_batch_end(self, *_): raise ImportError('failed') from {stop}\n"
+        f"""
+import lightning.pytorch
+from pathlib import Path
+from allconv.rundir import write_whole
+
+def while_loading():
+    raise ImportError("failed") from {stop}
+
+def while_writing(file):
+    try:
+        raise {stop}
+    except BaseException:
+        raise RuntimeError("unexpected pos")
+
+class Strike(lightning.pytorch.Callback):
+    def on_train_batch_end(self, *_):
+        {place}
+"""
     )
     said = finish(*TINY, "--trainer.callbacks+=strike.Strike", expected=code)
     assert said.splitlines()[-1].startswith("allconv: ")
