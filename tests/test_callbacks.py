@@ -70,14 +70,14 @@ TOGETHER = {
         (flags("ModelCheckpoint", filename="mine{epoch}", save_top_k=-1), ""),
         (flags("ThroughputMonitor", batch_size_fn="test_callbacks.count"), ""),
         (flags("Timer", interval="epoch", duration="00:01:00:00"), ""),
-        (flags("RichModelSummary"), "Total FLOPs"),
+        (flags("RichModelSummary"), "Modules in eval mode"),
         (flags("RichProgressBar"), "Epoch 1/1"),
     ],
     "changing the run": [
         (flags("WeightAveraging"), ""),
         (flags("EarlyStopping", monitor="val/acc", stopping_threshold=-1, mode="max"),
          "stopped early: Stopping threshold reached: val/acc"),
-        (flags("ModelSummary", max_depth=1), "Total Flops"),
+        (flags("ModelSummary", max_depth=1), "Modules in eval mode"),
         (flags("TQDMProgressBar"), "Epoch 0:"),
     ],
 }  # fmt: skip
