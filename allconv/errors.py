@@ -43,7 +43,7 @@ class StoppedError(UserError):
 def check_ranges(
     group: str, values: Mapping[str, object], rules: dict[str, tuple[bool, str]]
 ) -> None:
-    """Refuse settings of a group that break their rule; a rule holds whether it is kept."""
+    """Refuse a setting that breaks its rule: `rules` has whether it is kept, and its text."""
     for name, (kept, rule) in rules.items():
         if not kept:
             raise ValueError(f"{group}.{name} is {values[name]}: it must be {rule}")
