@@ -186,12 +186,12 @@ class Predictions(Callback):
         title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
         names, groups = data.dataset.classes, data.dataset.superclasses
         sheet = plots.predictions(images, labels, logits[index], names, title, columns)
-        confusion = plots.confusion(matrix, names, groups, title)
+        inches = 10 if self.folder else 6  # labels that can be read at 350 pixels
+        confusion = plots.confusion(matrix, names, groups, title, inches)
         if self.folder:
             save(sheet, self.folder / f"{what}.png", 120)
             save(confusion, self.folder / f"{what}_confusion.png", 120)
         else:
-            confusion.set_size_inches(6, 5.4)  # labels that can be read at 350 pixels
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)
             board.add_figure("confusion", confusion, step)

@@ -29,11 +29,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         "val_size": data.hparams.val_size,
         "split_seed": data.hparams.split_seed,
         "remark": _remark(checkpoint, data, split, n),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("allconv", "torch", "torchvision", "lightning")},
-        },
+        **provenance(),
     }
     path = checkpoint.folder / f"{command}.json"
     write_text(path, json.dumps(result, indent=2) + "\n")
@@ -44,6 +40,15 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
     if result["remark"]:
         print(f"  note: {result['remark']}")
     print(f"written: {path}, {command}.png, {command}_confusion.png")
+
+
+def provenance() -> dict[str, object]:
+    """Now, and the versions in use: for a file of results."""
+    names = ("allconv", "torch", "torchvision", "lightning")
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+    }
 
 
 def _remark(checkpoint, data, split: str, n: int) -> str | None:

@@ -111,23 +111,29 @@ def predictions(
     return figure
 
 
-def confusion(matrix: Tensor, names: tuple[str, ...], groups: dict[str, tuple[str, ...]], title):
+def confusion(
+    matrix: Tensor,
+    names: tuple[str, ...],
+    groups: dict[str, tuple[str, ...]],
+    title: str,
+    inches: float = 10,
+) -> Figure:
     """Confusion matrix, the classes of a group side by side.
 
     `matrix` are the counts (classes, classes), true class by predicted class, in the order of
-    `names`; `groups` are group names with the class names in them.
+    `names`; `groups` are group names with the class names in them; `inches` is the width.
     """
     order = [names.index(name) for members in groups.values() for name in members]
     shares = matrix[order][:, order].double()
     shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(10, 9), layout="constrained")
+    figure = Figure(figsize=(inches, 0.9 * inches), layout="constrained")
     axes = figure.subplots()
     # the square root shows the few per cent off the diagonal, which are what one looks for
     norm = PowerNorm(0.5, vmin=0, vmax=100)
     image = axes.imshow(shares.numpy(), cmap="cividis", interpolation="nearest", norm=norm)
     sizes = torch.tensor([len(members) for members in groups.values()])
     ends = sizes.cumsum(0)
-    every = math.ceil(len(groups) / 100)  # more names would not be legible
+    every = math.ceil(len(groups) / (6 * inches))  # more names would overlap
     centres = (ends - sizes / 2 - 0.5).tolist()[::every]
     labels = [readable(name) for name in groups][::every]
     axes.set_xticks(centres, labels, rotation=90, fontsize=8)

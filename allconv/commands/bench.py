@@ -11,13 +11,12 @@ import platform
 import subprocess
 import sys
 import tempfile
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from jsonargparse.typing import PositiveInt
 
+from allconv import evaluation
 from allconv.errors import Parser, say
 from allconv.rundir import write_text
 
@@ -52,11 +51,9 @@ def bench(
         rounds.append(json_format.loads(process.stdout.splitlines()[-1]))
         say(f"round {i + 1} of {repeats} is done")
     machine = f"{rounds[0].pop('device')} on {platform.machine()}, {os.cpu_count()} cores"
-    date = datetime.now().astimezone().isoformat(timespec="seconds")
-    print(f"width {width}, batch {batch_size}, {machine}, {date}")
     result = {"rounds": repeats, "width": width, "batch_size": batch_size, "demo": demo}
-    result |= {"machine": machine, "date": date, "spread": {}}
-    result["versions"] = {name: version(name) for name in ("torch", "torchvision", "lightning")}
+    result |= {"machine": machine, **evaluation.provenance(), "spread": {}}
+    print(f"width {width}, batch {batch_size}, {machine}, {result['date']}")
     for name in rounds[0]:
         values = [found[name] for found in rounds]
         result[name] = middle = median(values)
