@@ -74,6 +74,28 @@ def bars(values: dict[str, float], expected: dict[str, float]) -> Figure:
     return figure
 
 
+def growth(
+    points: list[tuple[float, float, float]], label: str, levels: dict[str, float]
+) -> Figure:
+    """Accuracy in % against a quantity that is doubled rather than increased.
+
+    `points` are the quantity, the accuracy and its standard deviation; `label` names the quantity
+    and `levels` are accuracies to compare with, by name.
+    """
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    x, accuracy, deviation = zip(*sorted(points), strict=True)
+    axes.errorbar(x, accuracy, deviation, fmt="o-", color=BLUE, capsize=3)
+    for name, level in levels.items():
+        axes.axhline(level, color=GREY, ls="--", lw=1)
+        axes.annotate(f"{name}: {level} %", (max(x), level), ha="right", va="bottom", fontsize=8)
+    axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)")
+    axes.set_xticks(x, map("{:g}".format, x))
+    axes.minorticks_off()
+    style(axes)
+    return figure
+
+
 def style(axes) -> None:
     """A light grid, and no box."""
     axes.grid(alpha=0.3)

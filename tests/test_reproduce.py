@@ -99,6 +99,18 @@ def test_tables_are_those_of_the_claims(own_folder):
         assert Path(name).read_text() == (REPO / name).read_text(), hint
 
 
+def test_a_table_with_a_quantity_is_plotted(own_folder, monkeypatch):
+    rows = {f"e{n}": claim(f"--trainer.max_epochs {n}", "test/acc", 50 + n) for n in (1, 2)}
+    for n, row in enumerate(rows.values(), 1):
+        row["x"] = {"epochs": n}
+    Path("claims.yaml").write_text(yaml.safe_dump({"growth": rows}))
+    monkeypatch.setattr(reproduce, "CLAIMS", Path("claims.yaml"))
+    Path("page.md").write_text("<!-- claims: growth -->\n<!-- end -->\n")
+    main(["reproduce", "--tables", "page.md"])
+    assert "| `e2` | `--trainer.max_epochs 2` | 52.00 % |" in Path("page.md").read_text()
+    assert Path("reference/growth.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("args", "status", "said"),
     [
