@@ -102,13 +102,15 @@ def test_tables_are_those_of_the_claims(own_folder):
 def test_a_table_with_a_quantity_is_plotted(own_folder, monkeypatch):
     rows = {f"e{n}": claim(f"--trainer.max_epochs {n}", "test/acc", 50 + n) for n in (1, 2)}
     for n, row in enumerate(rows.values(), 1):
-        row["x"] = {"epochs": n}
-    Path("claims.yaml").write_text(yaml.safe_dump({"growth": rows}))
+        row["x"] = {"growth-epochs": 3 - n}
+    Path("claims.yaml").write_text(yaml.safe_dump({"other": rows}))
     monkeypatch.setattr(reproduce, "CLAIMS", Path("claims.yaml"))
-    Path("page.md").write_text("<!-- claims: growth -->\n<!-- end -->\n")
+    Path("page.md").write_text("<!-- claims: growth-epochs -->\n<!-- end -->\n")
     main(["reproduce", "--tables", "page.md"])
-    assert "| `e2` | `--trainer.max_epochs 2` | 52.00 % |" in Path("page.md").read_text()
-    assert Path("reference/growth.png").stat().st_size > 1000
+    lines = Path("page.md").read_text().splitlines()
+    assert lines[3].startswith("| `e2` | `--trainer.max_epochs 2` | 52.00 % |")
+    assert lines[4].startswith("| `e1` ")
+    assert Path("reference/growth-epochs.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

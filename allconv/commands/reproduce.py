@@ -29,7 +29,7 @@ def claims() -> dict[str, Claim]:
     for table, rows in rundir.read_yaml(CLAIMS).items():
         for name, row in rows.items():
             base = found[row["base"]]["flags"] if "base" in row else ""
-            claim = {**row, **row["result"], **row["run"], "table": table}
+            claim = {"x": {}, **row, **row["result"], **row["run"], "table": table}
             claim["flags"] = f"{base} {row['flags']}".strip()
             found[name] = {"what": f"`{claim['flags']}`", **claim}
     return found
@@ -57,16 +57,22 @@ def _cost(claim: Claim) -> str:
     return f"{time} on {claim['machine']}"
 
 
-def table(name: str, found: dict[str, Claim]) -> str:
-    """A table in Markdown.
+def listed(name: str, found: dict[str, Claim]) -> dict[str, Claim]:
+    """The claims of a table, those of others that are plotted with it included, in its order.
 
     Raises:
-        UserError: no claim is in it.
+        UserError: there is none.
     """
+    chosen = {k: c for k, c in found.items() if name == c["table"] or name in c["x"]}
+    if not chosen:
+        raise UserError(f"no table {name} in {CLAIMS.name}")
+    return dict(sorted(chosen.items(), key=lambda item: item[1]["x"].get(name, 0)))
+
+
+def table(name: str, found: dict[str, Claim]) -> str:
+    """A table in Markdown."""
     rows = []
-    for key, claim in found.items():
-        if claim["table"] != name:
-            continue
+    for key, claim in listed(name, found).items():
         spread = f" ± {claim['sd']:.2f}" if "sd" in claim else ""
         cells = {"claim": f"`{key}`", "what": claim["what"]}
         cells[claim["metric"]] = f"{claim['expected']:.2f}{spread} %"
@@ -75,24 +81,20 @@ def table(name: str, found: dict[str, Claim]) -> str:
             cells["change"] = f"{difference:+.2f}"
         cells |= claim.get("also", {}) | {"seeds": ", ".join(map(str, claim["seeds"]))}
         rows.append(cells | {"time": _cost(claim), "commit": f"`{claim['commit']}`"})
-    if not rows:
-        raise UserError(f"no table {name} in {CLAIMS.name}")
     keys = list(max(rows, key=len))
     lines = [keys, len(keys) * ["---"], *([str(row.get(key, "")) for key in keys] for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def draw(name: str, found: dict[str, Claim], folder: Path) -> None:
-    """Plot the claims of a table over the quantity that each has as x, if it has one."""
-    rows = [claim for claim in found.values() if claim["table"] == name and "x" in claim]
+def draw(name: str, found: dict[str, Claim], path: Path) -> None:
+    """Plot the claims of a table growth-QUANTITY over that quantity, if they have one."""
+    rows = [claim for claim in listed(name, found).values() if name in claim["x"]]
     if rows:
         from allconv import plots  # imports torch
 
-        (label,) = rows[0]["x"]
-        points = [(*row["x"].values(), row["expected"], row.get("sd", 0)) for row in rows]
-        path = folder / f"{name}.png"
+        points = [(row["x"][name], row["expected"], row.get("sd", 0)) for row in rows]
         path.parent.mkdir(exist_ok=True)
-        plots.growth(points, label, LEVELS).savefig(path, dpi=100)
+        plots.growth(points, name.partition("-")[2], LEVELS).savefig(path, dpi=100)
         print(f"written: {path}")
 
 
@@ -195,7 +197,7 @@ def main(args: list[str]) -> None:
         rundir.write_text(path, MARKED.sub(lambda mark: mark[1] + table(mark[2], found), text))
         print(f"written: {path}")
         for _, name in MARKED.findall(text):
-            draw(name, found, path.parent / "reference")
+            draw(name, found, path.parent / "reference" / f"{name}.png")
     if not given.tables:
         for name, claim in found.items():
             value = f"{claim['metric']:8} {claim['expected']:5.2f} +- {claim['tolerance']:.2f}"
