@@ -12,7 +12,7 @@ __all__ = ["CIFAR100", "AllCNN", "Classifier", "load"]
 
 
 def __getattr__(name: str):
-    """Import a part when it is asked for: `import allconv` imports nothing heavy."""
+    """Import a name on first use, so that `import allconv` is cheap."""
     if name in HOMES:
         return getattr(import_module(HOMES[name]), name)
     if name == "__version__":
@@ -24,17 +24,17 @@ def load(name: str = "pretrained"):
     """A trained network, ready to use.
 
     Args:
-        name: as --ckpt_path takes it: "pretrained" (the packaged weights), "best" or "last" (of
+        name: a value of --ckpt_path: "pretrained" (the packaged weights), "best" or "last" (of
             the newest run in ./lightning_logs), a checkpoint file or a run directory.
 
     Returns:
         `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, classes), with
-        `classes`, the class names in the order of the logits, and `preprocess`, which makes an
-        image file, a Pillow image, an array or a tensor (3, 32, 32), see
+        `classes`, the class names in the order of the logits, and `preprocess`, which turns an
+        image file, a Pillow image, an array or a tensor into the network's input, see
         `allconv.images.preprocess`.
 
     Raises:
-        allconv.checkpoints.CheckpointError: there is no such checkpoint, or it is damaged.
+        allconv.checkpoints.CheckpointError: the checkpoint is missing or damaged.
     """
     from allconv import checkpoints, images
 

@@ -30,14 +30,14 @@ start: python -m allconv fit --config demo"""
 
 
 def stop(number: int, frame: object) -> None:
-    """End at once: an exception could be swallowed by an import, and there is nothing to clear."""
+    """Exit at once: an import could swallow an exception, and there is nothing to clean up."""
     show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
     os.write(2, show_cursor + b"allconv: stopped\n")
     os._exit(128 + number)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Answer what needs no torch, and dispatch the rest."""
+    """Handle help, version and typos, and dispatch the commands."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     from allconv import errors  # its imports take 0.1 s
@@ -58,11 +58,11 @@ def main(args: list[str] | None = None) -> None:
         near = difflib.get_close_matches(args[0], COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         errors.end(2, f"no command {args[0]}; {hint}")
-    # read when torch loads: by itself a thread of libgomp spins for milliseconds where it should
-    # wait. Beside other jobs on 2 cores `fit` took twice as long (124 s, not 55); alone, it is 1 to
-    # 4 % slower with it
+    # Read when torch is loaded. By default an idle libgomp thread spins for milliseconds: beside
+    # other jobs on 2 cores, that doubled the time of `fit` (124 s instead of 55). On an idle
+    # machine, this setting costs 1 to 4 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown one stops the import
+    os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown backend is an error
     with errors.command():
         if args[0] in ("fit", "validate", "test"):
             import_module("allconv.cli").main(args)

@@ -1,4 +1,4 @@
-"""Augmentation and normalization: pure functions on a batch; each image has its own draw."""
+"""Augmentation and normalization: pure functions on a batch, random for each image."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 @functools.cache
 def _scale(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device):
-    """Factors and offsets (3W,) that normalize a row of 0..255 pixels, copied to a device once."""
+    """Factors and offsets (3W,) that normalize a row of 0..255 pixels; cached on the device."""
     m, s = (torch.tensor(c, dtype=torch.float64).repeat(width) for c in (mean, std))
     return (1 / (255 * s)).float().to(device), (-m / s).float().to(device)
 
@@ -20,17 +20,17 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     `mean` and `std` are those of each channel, as fractions of 255.
     """
     factor, offset = _scale(tuple(mean), tuple(std), images.shape[3], images.device)
-    # by rows: an inner loop over 3 channels is not vectorized and takes four times as long
+    # by rows: an inner loop over 3 channels is not vectorized, and takes four times as long
     rows = images.permute(0, 2, 3, 1).flatten(2).float()  # (B, H, 3W)
     return torch.addcmul(offset, rows, factor).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def crop(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
-    """Shift each image by up to `pad` pixels each way, filling the gap with its reflection.
+    """Shift each image by up to `pad` pixels in each direction, with reflection padding.
 
-    Equal to reflection padding and a random crop (after He et al., arXiv:1512.03385, who pad with
-    zeros), but by indexing: it works on uint8 and gives channels last at no cost. Images are
-    (B, C, H, W) and `pad` is below H and W; the generator is on their device.
+    The same as padding and a random crop (He et al., arXiv:1512.03385, who pad with zeros), but by
+    indexing, which works on uint8 and returns channels last for free. Images are (B, C, H, W),
+    `pad` is below H and W, and the generator is on their device.
     """
     batch, _, height, width = images.shape
     shift = {"size": (2, batch, 1), "generator": generator, "device": images.device}
@@ -49,14 +49,14 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 def alternating_flip(images: Tensor, epoch: int) -> Tensor:
     """Flip half of the images left to right, and the other half in the next epoch.
 
-    From Jordan, "94% on CIFAR-10 in 3.29 Seconds" (arXiv:2404.00498): two epochs show each image
-    both ways. The parity of an image's bytes decides which half it is in, so images
-    (B, C, H, W) are uint8 and not yet changed.
+    From Jordan, "94% on CIFAR-10 in 3.29 Seconds" (arXiv:2404.00498): any two epochs show each
+    image both ways. The parity of the sum of its bytes decides which half an image is in, so
+    `images` (B, C, H, W) must be uint8 and not yet augmented.
     """
     flipped = (images.sum((1, 2, 3), dtype=torch.long) + epoch) % 2 == 1
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Float images (B, C, H, W) scaled to (B, C, size, size); bilinear, antialiased."""
+    """Scale float images (B, C, H, W) to (B, C, size, size); bilinear, antialiased."""
     return interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Callbacks: when to seed, save, draw and stop."""
+"""Callbacks of a training: when to seed, save, plot and stop."""
 
 import math
 import os
@@ -23,11 +23,11 @@ from allconv.rundir import read_metrics, write_whole
 
 
 class NetSummary(ModelSummary):
-    """Output shape, parameters and FLOPs of each layer, without the rows of the metrics."""
+    """Output shape, parameters and FLOPs of each layer of the network."""
 
     @staticmethod
     def summarize(summary_data, *totals, **kwargs) -> None:
-        """Show the rows of the network alone."""
+        """Leave out the rows of the metrics."""
         names = dict(summary_data)["Name"]
         rows = [i for i, name in enumerate(names) if name.split(".")[0] == "net"]
         table = [(column, [cells[i] for i in rows]) for column, cells in summary_data]
@@ -35,31 +35,30 @@ class NetSummary(ModelSummary):
 
 
 class EpochSeed(Callback):
-    """Seeds every epoch from (seed, epoch, rank): an epoch is the same whatever came before it.
+    """Seeds every epoch from (seed, epoch, rank), so that it does not depend on what came before.
 
-    That makes a resumed run exact without random states in the checkpoint.
+    This makes a resumed run exact without random states in the checkpoint.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End several processes at once on SIGTERM.
+        """Let SIGTERM end each of several processes immediately.
 
-        Lightning's handler would broadcast, and wait for ever for a process that is elsewhere.
+        Lightning's handler would broadcast, and hang if another process does not take part.
         """
         if trainer.world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed torch's generators, which dropout and augmentation draw from."""
+        """Seed torch's generators, which dropout and augmentation use."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         key = (seed, trainer.current_epoch, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all.
+    """Writes checkpoints atomically.
 
-    Lightning's own writing does not flush, and renames only where the temporary folder is on the
-    same file system.
+    Lightning does not flush, and renames only if the temporary folder is on the same file system.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -67,37 +66,37 @@ class WholeCheckpointIO(TorchCheckpointIO):
         write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=True) -> dict[str, object]:
-        """Read a checkpoint; never anything that runs, which Lightning 2.5 would allow."""
+        """Read a checkpoint without executing code, which Lightning 2.5 would allow."""
         return torch.load(path, map_location, weights_only=True)
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`: from before the first step on, then after every whole epoch.
+    """Saves `last.ckpt` before the first step, then after every whole epoch.
 
-    From the start, so that `--ckpt_path last` never means an older run. Resumed from within an
-    epoch, a run would not be the one that never stopped.
+    Before the first step, so that `--ckpt_path last` never means an older run. Only after whole
+    epochs, since a run resumed within an epoch would differ from an uninterrupted one.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state that a new run begins with."""
+        """Save the initial state of a new run."""
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after an epoch, unless max_steps broke it off."""
+        """Save the state after an epoch, unless max_steps cut it short."""
         if trainer.is_last_batch:
             super().on_train_epoch_end(trainer, pl_module)
 
 
 class StepLoss(Callback):
-    """Logs the loss of single steps, and ends the run when it is NaN or infinite.
+    """Logs the loss of single steps, and ends the run if it is NaN or infinite.
 
-    Looks every `log_every_n_steps`, since each look waits for the device, and before a validation.
+    Reads it every `log_every_n_steps`, since that waits for the device, and before a validation.
     """
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Look at the loss of this step, if it is its turn.
+        """Read the loss of this step, if it is due.
 
         Raises:
             UserError: the loss is not finite.
@@ -119,46 +118,46 @@ class StepLoss(Callback):
 
 
 class Curves(Callback):
-    """Draws `curves.png` into the run directory after every epoch, so that a stopped run has it."""
+    """Draws `curves.png` in the run directory after every epoch, so that a stopped run has it."""
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what metrics.csv holds, which is the whole run, also when it was resumed."""
+        """Draw the metrics of the whole run, before a resume too."""
         run = run_directory(trainer)
         title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.title}"
         save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure as a PNG file, whole."""
+    """Write a figure as a PNG file, atomically."""
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 class Predictions(Callback):
     """Draws images with their predictions, and the confusion matrix.
 
-    In TensorBoard every ten epochs and after the last one, or as files.
+    In training they go to TensorBoard, every ten epochs and after the last one.
 
     Args:
-        folder: where the files go when a checkpoint is evaluated; None while training.
+        folder: where an evaluation writes them as files; None in training.
     """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to collect."""
+        """Reset what is collected."""
         self.logits: list[Tensor] = []
         matrix = MulticlassConfusionMatrix(pl_module.net.num_classes, validate_args=False)
         self.matrix = matrix.to(pl_module.device)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
-        """Collect a batch's logits (B, classes)."""
+        """Collect the logits (B, classes) of a batch."""
         self.logits.append(outputs)
         self.matrix.update(outputs, batch[1])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, if it is this epoch's turn."""
+        """Draw, if this epoch is due."""
         epoch = trainer.current_epoch + 1
         if self.folder:
             self._draw(trainer, "val", "validate")
@@ -169,18 +168,18 @@ class Predictions(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the figures of a test."""
+        """Draw the figures of a test."""
         self._draw(trainer, "test", "test")
 
     def _draw(self, trainer: Trainer, split: str, what: str) -> None:
-        matrix = self.matrix.compute().cpu()  # the sum over all processes
+        matrix = self.matrix.compute().cpu()  # summed over all processes
         if not trainer.is_global_zero:
             return
         data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
         # TensorBoard shows a figure 400 pixels wide: fewer images
         count, columns = (10, 5) if self.folder else (6, 3)
         index = plots.sample(len(logits))[:count]
-        place = index * trainer.world_size  # this process saw every world_size-th image
+        place = index * trainer.world_size  # this process has every world_size-th image
         images, labels = data.sets[split].images[place], data.sets[split].labels[place]
         right, n = matrix.trace().item(), matrix.sum().item()
         title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
@@ -206,10 +205,10 @@ REFUSED = {
 
 
 def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
-    """Refuse callbacks of Lightning's that would do something else than they say.
+    """Refuse callbacks of Lightning that do not work with the settings.
 
     Raises:
-        UsageError: they do not go with the settings.
+        UsageError: the callback, and why.
     """
     for name in (type(callback).__name__ for callback in trainer.callbacks):
         why = REFUSED.get(name)
@@ -221,7 +220,7 @@ def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
             why = "it finds one constant rate: it needs --model.muon_lr 0 and --model.warmup null"
         if why:
             raise UsageError(f"{name}: {why}")
-        if name == "ModelPruning":  # torch's pruning cannot flatten weights that are channels last
+        if name == "ModelPruning":  # torch's pruning cannot flatten channels-last weights
             task.net.to(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-100: its classes, its constants, and its official files as tensors.
+"""CIFAR-100: classes, constants, and the official files as tensors.
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009),
 https://www.cs.toronto.edu/~kriz/cifar.html. torchvision downloads and reads the pickled form; the
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from allconv.errors import UserError
 
-# Of each channel over the 50,000 training images, as fractions of 255, rounded as in the notebook.
+# Per channel, over the 50,000 training images, as fractions of 255, rounded as in the notebook.
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
 
-# The 20 superclasses in the order of the coarse labels, each with its five classes.
+# The 20 superclasses in the order of the coarse labels, with their five classes each.
 SUPERCLASSES = {
     "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
     "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
@@ -48,7 +48,7 @@ SUPERCLASSES = {
 CLASSES = tuple(sorted(name for names in SUPERCLASSES.values() for name in names))
 COARSE = np.array([[c in names for names in SUPERCLASSES.values()] for c in CLASSES]).argmax(1)
 
-TIMEOUT = 60  # seconds without an answer from the server
+TIMEOUT = 60  # seconds to wait for the server
 RECORD = 2 + 3 * 32 * 32
 COUNT = {"train": 50_000, "test": 10_000}
 BINARY = "cifar-100-binary"
@@ -64,12 +64,12 @@ CONTENT = {
 
 
 class DataError(UserError):
-    """Data are missing, damaged or others than expected, or cannot be downloaded."""
+    """Data are missing, damaged, not the expected ones, or cannot be downloaded."""
 
 
 @dataclass(eq=False)
 class Images:
-    """A split: images and labels, indexed a whole batch at a time.
+    """The images and labels of a split, indexed a batch at a time.
 
     Attributes:
         images: (N, 3, 32, 32) uint8, channels last in memory.
@@ -83,22 +83,22 @@ class Images:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 32, 32) uint8 and labels (B,) of some indices."""
+        """Images (B, 3, 32, 32) uint8 and labels (B,) at the given indices."""
         index = torch.from_numpy(np.array(indices))  # half the time of torch.tensor(indices)
-        # index_select on the memory as it lies copies whole images: 8 times as fast as [index]
+        # index_select in memory order copies whole images: 8 times as fast as [index]
         images = self.images.permute(0, 2, 3, 1).index_select(0, index)  # (B, 32, 32, 3)
         return images.permute(0, 3, 1, 2), self.labels.index_select(0, index)
 
     def split(
         self, val_size: int, seed: int, small: bool = False, at_once: bool = False
     ) -> dict[str, "Images"]:
-        """The splits train and val: as many of each class in val as far as they go.
+        """Split into train and val, with equally many images of each class in val if possible.
 
         Args:
             val_size: images held out for validation.
             seed: seed of the split.
-            small: hold out a fifth at most, and never above half of a class.
-            at_once: shuffle all images at once instead of class by class: another split.
+            small: hold out at most a fifth of the images, and at most half of any class.
+            at_once: shuffle all images at once, not class by class; this gives another split.
         """
         rng = np.random.RandomState(seed)  # its stream is frozen (NEP 19)
         labels = self.labels.numpy()
@@ -109,7 +109,7 @@ class Images:
         if small:
             val_size = min(val_size, max(1, len(labels) // 5))
             members = [own[: len(own) // 2] for own in members]
-        # the first of every class, then the second; of the last turn, random classes
+        # the first image of every class, then the second of each; in the last turn, random classes
         turn = np.concatenate([np.arange(len(own)) for own in members])
         order = np.lexsort((rng.permutation(len(turn)), turn))[:val_size]
         held_out = np.zeros(len(labels), bool)
@@ -120,10 +120,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Official:
-    """The official files in a folder, in either form.
+    """CIFAR-100 from the official files in a folder, in either form.
 
     Attributes:
-        path: folder that holds the data set, or will hold it.
+        path: folder that holds the data set, or into which it is downloaded.
     """
 
     path: Path = field(compare=False)
@@ -131,7 +131,11 @@ class Official:
     small = False  # see `Images.split`
 
     def prepare(self) -> None:
-        """Unpack or download what is missing; if that fails, say what else can be done."""
+        """Unpack or download what is missing.
+
+        Raises:
+            DataError: that failed; the message tells what else to do.
+        """
         if (self.path / BINARY / "train.bin").exists() or (self.path / PYTHON).is_dir():
             return
         from torchvision.datasets import CIFAR100  # 1.2 s
@@ -157,12 +161,12 @@ class Official:
             socket.setdefaulttimeout(before)
 
     def load(self, file: str, val_size: int = 5000, split_seed: int = 43) -> dict[str, Images]:
-        """The splits in one of the two files.
+        """The splits in one of the two files, by name.
 
         Args:
-            file: "train" (which holds the splits train and val) or "test".
+            file: "train" (the splits train and val) or "test".
             val_size: training images held out for validation.
-            split_seed: seed of that split alone.
+            split_seed: seed of the split.
         """
         records = torch.from_numpy(self._read(file))
         pixels = records[:, 1:].reshape(-1, 3, 32, 32)
@@ -172,10 +176,10 @@ class Official:
         return images.split(val_size, split_seed, self.small)
 
     def digest(self, splits: dict[str, Images]) -> str | None:
-        """None: the name of the data set says what the images are."""
+        """None: these images are always the same."""
 
     def _read(self, file: str) -> np.ndarray:
-        """Canonical records (N, 3073) of "train" or "test", checked to be the official ones."""
+        """Canonical records (N, 3073) of "train" or "test", verified to be the official ones."""
         path = self.path / BINARY / f"{file}.bin"
         if path.exists():
             records = read_binary(path, COUNT[file])
@@ -202,8 +206,8 @@ class Official:
 
 
 def read_binary(path: Path, count: int | None = None) -> np.ndarray:
-    """Canonical records of a file in the binary form; of any number, if `count` is None."""
-    size = path.stat().st_size if path.is_file() else 0  # a FIFO would wait for ever
+    """Canonical records of a file in the binary form; `count` is their number, or None for any."""
+    size = path.stat().st_size if path.is_file() else 0  # reading a FIFO would block
     if size == 0 or size % RECORD or (count and size != count * RECORD):
         expected = f"{count * RECORD:,}" if count else f"a multiple of {RECORD:,}"
         raise DataError(f"{path}: expected {expected} bytes, found {size:,}; get it again")
@@ -234,6 +238,6 @@ def _read_python(data_dir: Path, file: str) -> np.ndarray:
 
 
 def canonical(labels: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Sorted records (N, 3073) of labels (N,) and pixels (N, 3072), in no file's order."""
+    """Sorted records (N, 3073) of labels (N,) and pixels (N, 3072): the same from any file."""
     records = np.concatenate([labels[:, None], pixels], axis=1)
     return records[np.argsort(records.view(f"V{records.shape[1]}").ravel(), kind="stable")]

@@ -18,23 +18,23 @@ from allconv.errors import check_ranges
 
 
 class CIFAR100(LightningDataModule):
-    """CIFAR-100 or images of one's own, the split and the loaders.
+    """CIFAR-100 or your own images, their splits and loaders.
 
     Args:
-        data_dir: folder with the data set in any official form; downloaded there if it has none.
-        batch_size: images in a training batch of one process.
-        val_size: training images held out for validation, the same number of each class; of the
-            demo set and of a folder a fifth at most. 0: none, and no epoch is validated.
-        split_seed: seed of that split alone; the same number gives the same split everywhere.
+        data_dir: folder with CIFAR-100 in either official form; it is downloaded there if missing.
+        batch_size: images per training batch and process.
+        val_size: training images held out for validation, the same number of each class; at most a
+            fifth of the demo set or of a folder. 0: no validation.
+        split_seed: seed of this split alone; the same seed gives the same split everywhere.
         crop: shift each training image by up to this many pixels, see `allconv.augment.crop`.
         flip: flip half of the training images each epoch, the other half in the next.
-        sizes: progressive resizing: pairs of a share of the run's steps and the image size in
-            pixels until then, ascending; 32 pixels after the last (Touvron et al.,
-            arXiv:1906.06423).
-        cutmix: share of the training batches to which CutMix is applied: each image gets a box of
-            another one, and its label the share of the area (Yun et al., arXiv:1905.04899).
-        demo: use a small synthetic data set instead: no download, and no real results.
-        folder: use images of your own instead, one subfolder per class: FOLDER/train/CLASS/IMAGE,
+        sizes: progressive resizing, as ascending pairs: a share of the run's steps, and the image
+            size in pixels until then; 32 pixels after the last (Touvron et al., arXiv:1906.06423).
+        cutmix: share of the training batches to which CutMix is applied: a box of each image is
+            replaced by that of another, and the labels are mixed by area (Yun et al.,
+            arXiv:1905.04899).
+        demo: use a small synthetic data set instead, which needs no download.
+        folder: use your own images instead, in one subfolder per class: FOLDER/train/CLASS/IMAGE,
             FOLDER/test for `test`, and optionally FOLDER/val instead of val_size training images.
     """
 
@@ -74,11 +74,11 @@ class CIFAR100(LightningDataModule):
         self.sets: dict[str, Images] = {}  # train, val, test
 
     def prepare_data(self) -> None:
-        """Download or draw what is missing; Lightning calls this in one process only."""
+        """Download or draw what is missing; Lightning calls this in one process per node."""
         self.dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the test file for test and predict, for the other stages the training file."""
+        """Read the test file for test and predict, the training file for the other stages."""
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
         if h.sizes and self.trainer and self.trainer.max_epochs < 0:
             raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
@@ -93,17 +93,17 @@ class CIFAR100(LightningDataModule):
                 self.trainer.limit_val_batches = 0  # Lightning would warn of an empty loader
 
     def state_dict(self) -> dict[str, object]:
-        """What a checkpoint says of the images beside the hyperparameters."""
+        """What a checkpoint records about the images, beside the hyperparameters."""
         return {"classes": list(self.dataset.classes), "digest": self.digest}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Refuse to go on with other images."""
+        """Refuse to resume with other images."""
         if state.get("digest") != self.digest:
             what = f"the images in {self.hparams.folder} are not those that the run was trained"
             raise DataError(f"{what} with: start a new run with --init")
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches; the order depends on the seed and the epoch alone."""
+        """Shuffled batches; the order depends on the seed and the epoch only."""
         return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
@@ -120,10 +120,10 @@ class CIFAR100(LightningDataModule):
         self.setup("test" if split == "test" else "fit")
         images, trainer = self.sets[split], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        # every image once, whatever the number of processes: nothing is padded
+        # without padding, so that each image counts once whatever the number of processes
         sampler = range(rank, len(images), world)
         if split == "train":
-            # Lightning calls its set_epoch; the seed is the run's, as seed_everything left it
+            # Lightning calls its set_epoch; seed_everything has set the variable
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             sampler = DistributedSampler(images, world, rank, shuffle=True, seed=seed)
         return DataLoader(
@@ -132,13 +132,13 @@ class CIFAR100(LightningDataModule):
             sampler=sampler,
             collate_fn=lambda batch: batch,
             pin_memory=torch.cuda.is_available(),
-            # a loader draws a seed for workers when it starts, and a resumed run starts it at
-            # another moment: that draw must not come from the generator that dropout uses
+            # a loader draws a seed when it starts, at another point of a resumed run: the draw must
+            # not advance the generator that dropout uses
             generator=torch.Generator(),
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int):
-        """Augment if training, and normalize: uint8 becomes float32, on the device."""
+        """Augment training images, and normalize: uint8 to float32, on the device."""
         if isinstance(batch, Tensor):  # the model summary's example input
             return batch
         (images, labels), h, trainer = batch, self.hparams, self.trainer
@@ -151,7 +151,7 @@ class CIFAR100(LightningDataModule):
         if h.cutmix and torch.rand(()) < h.cutmix:
             images, labels = self.mix(images, labels)  # labels (B, classes) from here on
         images = augment.normalize(images, MEAN, STD)
-        # of max_epochs, as the learning rate: max_steps may stop the run but does not change it
+        # share of max_epochs, as for the learning rate: max_steps only ends a run early
         steps = trainer.max_epochs * trainer.num_training_batches
         size = self.image_size(trainer.global_step * trainer.accumulate_grad_batches / steps)
         if size == 32:
@@ -160,5 +160,5 @@ class CIFAR100(LightningDataModule):
         return augment.resize(images, size), labels, *full_size
 
     def image_size(self, done: float) -> int:
-        """Size in pixels of the training images when a share `done` of the run is over."""
+        """Size of the training images in pixels after a share `done` of the run."""
         return next((size for share, size in self.hparams.sizes if done < share), 32)

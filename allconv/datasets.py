@@ -1,7 +1,7 @@
-"""Which data set is meant: CIFAR-100, the demo set, or a folder of one's own.
+"""Chooses the data set: CIFAR-100, the demo set, or a folder of your own images.
 
-Each has a `title`, its `classes` in the order of the labels, its `superclasses`, `prepare`, which
-gets what is missing, and `load`; see `allconv.cifar100.Official`.
+Each has a `title`, its `classes` in label order, its `superclasses`, and the methods `prepare`,
+`load` and `digest`; see `allconv.cifar100.Official`.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def choose(
     folder: str | None = None,
     classes: Sequence[str] | None = None,
 ) -> Official | ImageFolder:
-    """The data set that the data module's arguments of these names mean.
+    """The data set for the data module's arguments of these names.
 
-    `classes` are a folder's class names where they are known, as of a checkpoint.
+    `classes` are a folder's class names where they are known, for example from a checkpoint.
     """
     if folder is not None:
         return ImageFolder.at(folder, classes)

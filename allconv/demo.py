@@ -1,7 +1,7 @@
 """A synthetic data set for a first run without a download, and for the tests.
 
-10 shapes in 10 colors are 100 classes of 32 x 32 images, in CIFAR-100's binary form. Only sums,
-products and comparisons are used, so that it is the same on every machine.
+10 shapes in 10 colors make 100 classes of 32 x 32 images, in CIFAR-100's binary form. It is drawn
+with sums, products and comparisons only, so that it is the same on every machine.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ COLORS = {
     "white": (240, 240, 240),
 }
 
-# Membership of points (u, v) in units of the shape's radius: u to the right, v down.
+# Whether a shape contains the point (u, v), in units of its radius: u to the right, v down.
 SHAPES = {
     "disc": lambda u, v: u**2 + v**2 < 1,
     "ring": lambda u, v: (u**2 + v**2 < 1) & (u**2 + v**2 > 0.35),

@@ -13,10 +13,13 @@ TEMPERATURE, WEIGHT, LABEL_WEIGHT = 2.0, 9.0, 0.1  # the paper's
 
 
 def loss(student: Tensor, teacher: Tensor, label_loss: Tensor, mixed: bool) -> Tensor:
-    """The loss (B,) of each image: the teacher's answer, and a little of the label.
+    """The loss of each image (B,): divergence from the teacher, and a little of the label's loss.
 
-    Of the logits (B, classes) of both, and the losses (B,) against the labels. Of mixed images
-    only the teacher's answer counts.
+    Args:
+        student: logits (B, classes).
+        teacher: logits (B, classes).
+        label_loss: cross-entropy (B,) with the labels.
+        mixed: whether the images are mixed; the labels are then ignored.
     """
     z, target = (standardize(logits) / TEMPERATURE for logits in (student, teacher))
     divergence = kl_div(z.log_softmax(1), target.softmax(1), reduction="none").sum(1)
@@ -30,21 +33,21 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A trained network that is asked, and neither trained nor saved.
+    """A trained network in inference mode; the student's checkpoints do not contain it.
 
     Args:
-        name: as --ckpt_path takes it.
-        data: the `allconv.CIFAR100`; the teacher must hold out the same images, if any are.
+        name: a value of --ckpt_path.
+        data: the `allconv.CIFAR100` of the student.
 
     Raises:
-        UserError: it was trained on other images, so it may have seen the validation images.
+        UserError: the teacher had another split, so it may have seen the validation images.
     """
 
     def __init__(self, name: str, data):
         self.name = name
         checkpoint = checkpoints.load(checkpoints.find(name, key="model.teacher"))
         known, here = checkpoint.data, {**data.hparams, "digest": data.digest}
-        # without validation images there is nothing that a teacher should not have seen
+        # without validation images, the teacher may have seen everything
         keys = ("digest", "val_size", "split_seed") if len(data.sets["val"]) else ()
         other = [key for key in keys if known.get(key) != here[key]]
         if checkpoint.dataset != data.dataset or "digest" in other:
@@ -63,7 +66,7 @@ class Teacher:
         self.digest = hashlib.sha256(content).hexdigest()
 
     def check(self, digest: str | None) -> None:
-        """Refuse to go on where a teacher of another digest was asked."""
+        """Refuse to resume a run whose teacher had another digest."""
         if digest != self.digest:
             raise UserError(f"model.teacher is {self.name}: its weights have changed")
 

@@ -1,4 +1,4 @@
-"""The error a user can mend, and how a command ends: one line and an exit code.
+"""User errors, and how a command exits: one line and an exit code.
 
 Imports nothing heavy.
 """
@@ -21,19 +21,19 @@ OUTPUT_ERRORS = (*DISK_ERRORS, errno.EPIPE)
 
 
 class UserError(ValueError):
-    """Something the user can mend: ends a command with one line and exit code 1."""
+    """An error the user can fix: the command prints one line and exits with 1."""
 
     code = 1
 
 
 class UsageError(UserError):
-    """Arguments that cannot work: exit code 2."""
+    """Invalid arguments: exit code 2."""
 
     code = 2
 
 
 class StoppedError(UserError):
-    """The run was stopped by a signal: exit code 128 + its number."""
+    """A signal stopped the run: exit code 128 + its number."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -43,7 +43,10 @@ class StoppedError(UserError):
 def check_ranges(
     group: str, values: Mapping[str, object], rules: dict[str, tuple[bool, str]]
 ) -> None:
-    """Refuse a setting that breaks its rule: `rules` has whether it is kept, and its text."""
+    """Raise ValueError for a setting out of range.
+
+    `rules` maps a setting to whether its rule is met, and to the rule as text.
+    """
     for name, (kept, rule) in rules.items():
         if not kept:
             raise ValueError(f"{group}.{name} is {values[name]}: it must be {rule}")
@@ -55,18 +58,18 @@ def printable(text: object) -> str:
 
 
 def say(*lines: object) -> None:
-    """Print notes on the error stream, so that the output holds results only."""
+    """Print notes to stderr: stdout is for results."""
     for line in lines:
         print("allconv:", printable(line), file=sys.stderr, flush=True)
 
 
 def end(code: int, message: object) -> NoReturn:
-    """Print one line on the error stream and exit."""
-    if code > 128:  # a second Ctrl-C while the process ends changes nothing
+    """Print one line to stderr and exit."""
+    if code > 128:  # ignore a second Ctrl-C while the process exits
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = " ".join(str(message).split())
-    # jsonargparse lists every type that was tried: what the class that was named said
+    # jsonargparse reports every type it tried: keep the error of the class that was named
     first = "(^Does not validate.*? Errors: - |(?=Problem with|Import path does))"
     if failed := re.search(first + "(.*?) - (Problem|Import|Not a v|Expected )", line):
         line = failed[2]
@@ -76,14 +79,14 @@ def end(code: int, message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def command() -> Iterator[None]:
-    """What every command runs in: errors the user can mend become one line, others a traceback."""
+    """Context of every command: a user error becomes one line, any other keeps its traceback."""
     if sys.stdout is None:
         end(1, "standard output is closed")
     rank = os.environ.get("LOCAL_RANK", "0")
     if not rank.isdigit():
         end(2, f"the environment variable LOCAL_RANK is {rank}: it must be a number")
     if sys.platform == "linux" and rank != "0":
-        # a process of several ends with the one that started it, wherever it waits
+        # a worker process ends with its launcher, whatever it is waiting for
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         yield
@@ -97,13 +100,13 @@ def command() -> Iterator[None]:
             end(143, "terminated")
         raise
     except (OSError, ValueError) as error:
-        # Lightning's loggers and torch's writer wrap a disk's error in one of their own
+        # Lightning's loggers and torch's writer wrap a disk error in one of their own
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if isinstance(cause, BrokenPipeError) or getattr(cause, "errno", None) in DISK_ERRORS:
-            # nothing more can be written; Python would try once more when it exits
+            # nothing more can be written, but Python would flush stdout again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(cause, BrokenPipeError):
-            sys.exit(1)  # the reader, `head` for one, has had enough
+            sys.exit(1)  # the reader, such as `head`, has closed the pipe
         if getattr(cause, "filename", None):
             end(1, f"{cause.filename}: {cause.strerror}")
         if getattr(cause, "errno", None) in DISK_ERRORS:
@@ -112,13 +115,13 @@ def command() -> Iterator[None]:
 
 
 class OneLineErrors:
-    """Mixin for parsers: an error is one line that names what may have been meant."""
+    """Parser mixin: an error is one line, with a suggestion for a misspelt name."""
 
-    classes: tuple[str, ...] = ()  # that may be named by a value
-    recipes: tuple[str, ...] = ()  # that may be named by --config
+    classes: tuple[str, ...] = ()  # that a value may name
+    recipes: tuple[str, ...] = ()  # that --config may name
 
     def __init__(self, *args, **kwargs):
-        # the parser of a named class has no name of its own; keys are exact
+        # the parser of a named class has no prog of its own; flags are not abbreviated
         super().__init__(*args, **{"prog": "allconv", "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -144,7 +147,7 @@ class OneLineErrors:
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:
-    """Names that begin or end like the word, as --model.lr does for --lr, or the most similar."""
+    """Names that begin or end with the word, as --model.lr with --lr, else the most similar."""
     names = sorted(names, key=lambda name: (len(name), name))
     begin = [name for name in names if name.startswith(word)]
     end = [name for name in names if name.startswith("-") and name.endswith(word.lstrip("-"))]
@@ -155,7 +158,7 @@ class Parser(OneLineErrors, ArgumentParser):
     """Parser of the commands that need no Trainer."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Call a missing flag what the help calls it."""
+        """Name a missing flag as the help does."""
         for action in self._actions:
             if action.option_strings and message.endswith(f"are required: {action.dest}"):
                 message = message.replace(f": {action.dest}", f": {action.option_strings[-1]}")

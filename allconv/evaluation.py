@@ -1,4 +1,4 @@
-"""What `test` and `validate` found: written as JSON beside the run, printed, and read again."""
+"""Results of `test` and `validate`: printed, written as JSON beside the run, and read back."""
 
 import json
 import platform
@@ -43,7 +43,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
 
 
 def provenance() -> dict[str, object]:
-    """Now, and the versions in use: for a file of results."""
+    """Date and versions, for a file of results."""
     names = ("allconv", "torch", "torchvision", "lightning")
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -52,7 +52,7 @@ def provenance() -> dict[str, object]:
 
 
 def _remark(checkpoint, data, split: str, n: int) -> str | None:
-    """What a reader of an evaluation has to know."""
+    """What qualifies the result, if anything."""
     now, whole, trained = data.hparams, len(data.sets[split]), checkpoint.data
     if trained and checkpoint.dataset != data.dataset:
         return "trained on another data set than it is evaluated on"
@@ -64,16 +64,16 @@ def _remark(checkpoint, data, split: str, n: int) -> str | None:
 
 
 def read(folder: Path, command: str, checkpoint: str, epoch: int | None) -> dict[str, object]:
-    """What `test` or `validate` last wrote into a folder, if of this checkpoint and unqualified.
+    """The last result of `test` or `validate` in a folder, if it is this checkpoint's.
 
     Args:
         folder: a run directory, or the checkpoint's own folder.
         command: "test" or "validate".
         checkpoint: the checkpoint's file name.
-        epoch: epochs that it was trained.
+        epoch: the number of epochs it was trained for.
 
     Returns:
-        The file's content; {} if it is of another checkpoint or carries a remark.
+        The file's content; {} if it is another checkpoint's, or has a remark.
     """
     try:
         path = folder / f"{command}.json"

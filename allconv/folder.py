@@ -1,7 +1,7 @@
-"""A data set of one's own: `DIR/train/CLASS/*.jpg`, and optionally `DIR/val` and `DIR/test`.
+"""Your own images: `DIR/train/CLASS/*.jpg`, and optionally `DIR/val` and `DIR/test`.
 
-The class names are those of the subfolders, in alphabetical order; images are cut and reduced to
-32 x 32 pixels as `predict` does. The order of the images is that of their paths.
+The subfolders' names are the classes, in alphabetical order. Images are cropped and reduced to
+32 x 32 pixels as in `predict`, and sorted by path.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from allconv import images
 from allconv.cifar100 import DataError, Images
 from allconv.errors import printable, say
 
-LISTED = 10  # unreadable images that are named
+LISTED = 10  # unreadable images that an error names
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images in a folder; `at` makes one.
+    """The images in a folder; made by `at`.
 
     Attributes:
-        title: the folder's name, wherever it lies.
+        title: the folder's name without its location.
         classes: the class names.
         path: DIR.
     """
@@ -38,19 +38,19 @@ class ImageFolder:
 
     @classmethod
     def at(cls, folder: str, classes: Sequence[str] | None = None) -> "ImageFolder":
-        """The data set in a folder; its classes are looked up there, unless they are given."""
+        """The data set in a folder, which also tells the classes unless they are given."""
         path = Path(folder)
         if classes is None:
             if not folder or not path.is_dir():
                 raise DataError(f"data.folder is {folder or 'empty'}: no such folder")
-            # where images are only evaluated, there may be no train
+            # there may be no train where images are only evaluated
             file = next((f for f in ("train", "test") if (path / f).is_dir()), "train")
             classes = _classes(path / file)
         return cls(printable(path.name) or "your images", tuple(classes), path)
 
     @property
     def superclasses(self) -> dict[str, tuple[str, ...]]:
-        """Each class by itself: a folder has no superclasses."""
+        """A folder has no superclasses: each class by itself."""
         return {name: (name,) for name in self.classes}
 
     def prepare(self) -> None:
@@ -59,7 +59,7 @@ class ImageFolder:
     def load(self, file: str, val_size: int = 5000, split_seed: int = 43) -> dict[str, Images]:
         """The splits in DIR/test, or in DIR/train and DIR/val; see `cifar100.Official.load`.
 
-        Without DIR/val, `val_size` images of DIR/train, but a fifth at most, are held out.
+        Without DIR/val, `val_size` images of DIR/train, at most a fifth, are held out.
         """
         own_val = (self.path / "val").is_dir()
         names = ("train", "val") if file == "train" and own_val else (file,)
@@ -76,7 +76,7 @@ class ImageFolder:
         return Images(_read(files), labels).split(val_size, split_seed, small=True, at_once=True)
 
     def digest(self, splits: dict[str, Images]) -> str | None:
-        """The sha256 of the images and labels of some splits."""
+        """The sha256 of the images and labels of the splits."""
         found = hashlib.sha256()
         for split in splits.values():
             found.update(split.images.permute(0, 2, 3, 1).contiguous().numpy())
@@ -112,7 +112,7 @@ class ImageFolder:
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    """The names of the subfolders that are not hidden."""
+    """The names of the subfolders, without hidden ones."""
     if not path.is_dir():
         raise DataError(f"no folder {path}: expected one with a subfolder of images for each class")
     folders = [folder.name for folder in path.iterdir() if folder.is_dir()]

@@ -1,4 +1,4 @@
-"""One's own images: decoded with care, cut to the centre square, reduced to 32 x 32 pixels."""
+"""Your own images: decoded safely, cropped to the centre square, reduced to 32 x 32 pixels."""
 
 import os
 import struct
@@ -16,7 +16,7 @@ from allconv.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = (*(f".{name.lower()}" for name in FORMATS), ".jpg", ".tif", ".pgm", ".pbm", ".pnm")
-# what Pillow raises for damaged files, found by changing bytes in each format
+# what Pillow raises for damaged files, as found by changing bytes in each format
 DAMAGED = (OSError, SyntaxError, ValueError, LookupError, EOFError, RuntimeError, struct.error)
 
 
@@ -25,10 +25,12 @@ class ImageError(UserError):
 
 
 def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Decode an image file of FORMATS: upright, RGB; a large JPEG at a half to an eighth.
+    """Decode an image file of FORMATS to RGB, upright; a large JPEG at a half to an eighth.
 
-    Of an animation it is the first frame, and `info["animated"]` is true. What is missing, damaged,
-    of another format or above 89 million pixels is an ImageError.
+    Of an animation, the first frame is decoded, and `info["animated"]` is true.
+
+    Raises:
+        ImageError: the file is missing, damaged, of another format or above 89 million pixels.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # a pipe would block
         raise ImageError("not a regular file" if os.path.exists(file) else "no such file")
@@ -39,7 +41,7 @@ def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
             with Image.open(file, formats=FORMATS) as image:
                 image.draft(None, (512, 512))
                 frame = rgb(image)
-                if image.format != "MPO":  # a phone's second image is no animation
+                if image.format != "MPO":  # a JPEG with a second image, from a phone
                     frame.info["animated"] = getattr(image, "is_animated", False)
                 return frame
     except UnidentifiedImageError:
@@ -49,11 +51,11 @@ def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode, upright by EXIF, in RGB; what is transparent becomes white."""
+    """Convert an image of any mode to RGB, upright by its EXIF data, on a white background."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ImageError("floating-point pixels: expected 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion makes all above 255 white
+    if image.mode.startswith("I"):  # 16 bits: Pillow's conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -62,18 +64,18 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def reduce(image: Image.Image) -> Tensor:
-    """The centre square of an RGB image as uint8 (3, 32, 32), each pixel the mean of its area.
+    """The centre square of an RGB image as uint8 (3, 32, 32), by area averaging.
 
-    Of 1,000 validation images enlarged to 250 pixels (bicubic) and reduced again, a net that has
-    69.6 % of the originals right had 67.4 %; bicubic or Lanczos reduction left 65.9 and 66.4 %.
+    On 1,000 validation images enlarged to 250 pixels (bicubic) and reduced again, a net with an
+    accuracy of 69.6 % on the originals has 67.4 %; bicubic and Lanczos give 65.9 and 66.4 %.
     """
     return torch.from_numpy(np.array(ImageOps.fit(image, (32, 32), Image.BOX))).permute(2, 0, 1)
 
 
 def preprocess(image: str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
-    """A file, a Pillow image, a uint8 array (H, W, 3) or tensor (3, H, W) as the net takes it.
+    """The network's input for a file, a Pillow image, a uint8 array (H, W, 3) or tensor (3, H, W).
 
-    The result is (3, 32, 32) float32, normalized; `[None]` makes it a batch of one.
+    It is (3, 32, 32) float32, normalized; `[None]` makes it a batch of one.
     """
     if isinstance(image, Tensor):
         image = image.movedim(0, -1).cpu().numpy()  # (H, W, 3)

@@ -1,4 +1,4 @@
-"""What a run logs into its directory: TensorBoard's events, metrics.csv, config.yaml."""
+"""Loggers of a run directory: TensorBoard events, metrics.csv, config.yaml."""
 
 import csv
 import io
@@ -19,14 +19,14 @@ def loggers(run: Path, step: int) -> list[Logger]:
 
     Args:
         run: the run directory.
-        step: steps taken when a resumed run goes on, else 0; what was logged later is dropped.
+        step: the step that a resumed run starts from, else 0; later rows and events are dropped.
     """
     place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
     return [Board(**place, default_hp_metric=False, purge_step=step), Table(run, step)]
 
 
 class Board(TensorBoardLogger):
-    """TensorBoard without a chart of the epoch's number."""
+    """TensorBoard without a chart of the epoch number."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -35,7 +35,7 @@ class Board(TensorBoardLogger):
 
 
 class Table(Logger):
-    """metrics.csv: a row a step that logged, whatever was logged; always a whole file.
+    """metrics.csv: a row for each step that logged anything; written atomically.
 
     Lightning's CSVLogger deletes the table when a run is resumed, and writes it in place.
     """
@@ -49,11 +49,11 @@ class Table(Logger):
         self.rows = {int(row["step"]): row for row in rows if int(row["step"]) < step}
 
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """They are in config.yaml."""
+        """Nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Put values into the row of a step, and write the file if they are of a whole epoch."""
+        """Add values to the row of a step, and write the file if they conclude an epoch."""
         step = max(self.rows, default=0) if step is None else step
         self.rows.setdefault(step, {"step": step}).update(metrics)
         if not metrics.keys().isdisjoint({"train/loss", "val/acc"}):
@@ -75,14 +75,14 @@ class Table(Logger):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml into the run directory, and shows it and the results in TensorBoard."""
+    """Saves config.yaml in the run directory; shows it and the results in TensorBoard."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The configuration as a file and as text, and both losses on one chart."""
+        """Write the configuration as a file and as text, and put both losses on one chart."""
         text = self.parser.dump(self.config, skip_none=False)
-        # a torch.device, for one: what jsonargparse puts before its text
+        # jsonargparse puts this before the text of, for example, a torch.device
         text = text.replace("Unable to serialize instance ", "")
-        # for `runs`; Lightning's logger writes its own hparams.yaml only where there is none
+        # `runs` reads it; Lightning's logger writes an hparams.yaml of its own if there is none
         changed = self.parser.dump(self.config, skip_default=True)
         for name, content in (("config.yaml", text), ("hparams.yaml", changed)):
             path = run_directory(trainer) / name
@@ -92,16 +92,16 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers[2:]:  # the user's
             logger.log_hyperparams(yaml.safe_load(text))
         board.add_text("configuration", "\n".join("    " + line for line in text.splitlines()))
-        # TensorBoard takes them for regular expressions: train/loss alone finds loss_step too
+        # TensorBoard takes regular expressions: train/loss alone would match train/loss_step
         chart = ["Multiline", ["^train/loss$", "^val/loss$"]]
         board.add_custom_scalars({"loss": {"training and validation": chart}})
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The hyperparameters with the results of the best epoch."""
+        """Log the hyperparameters with the results of the best epoch."""
         if best := best_row(run_directory(trainer)):
             defaults, always = self.parser.get_defaults(), ("seed_everything", "trainer.max_epochs")
-            # TensorBoard sorts by name and shows the first five: changed settings only
+            # changed settings only: TensorBoard sorts by name and shows the first five
             settings = {
                 key: value
                 for key, value in self.config.items()

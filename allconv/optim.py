@@ -1,8 +1,8 @@
-"""What updates the weights: Muon, the parameter groups, and the one-cycle schedule.
+"""Muon, the parameter groups, and the one-cycle schedule.
 
-Muon is SGD with momentum whose update is orthogonalized. From Jordan et al.,
-https://kellerjordan.github.io/posts/muon/, in the form for convolutions of "94% on CIFAR-10"
-(airbench). torch.optim.Muon takes matrices only.
+Muon is SGD with momentum and an orthogonalized update (Jordan et al.,
+https://kellerjordan.github.io/posts/muon/). This is the variant for convolutions of airbench
+(arXiv:2404.00498); torch.optim.Muon takes matrices only.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ MUON_MOMENTUM = 0.6  # airbench's
 def orthogonalize(update: Tensor, steps: int = 3) -> Tensor:
     """Newton-Schulz iteration towards the nearest matrix with orthonormal rows or columns.
 
-    Of a matrix (out, in). Three steps are airbench's. In float32: a CPU without bfloat16
-    arithmetic gains nothing by it.
+    `update` is a matrix (out, in). Airbench takes three steps. In float32, since a CPU without
+    bfloat16 arithmetic gains nothing from bfloat16.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero, no need to converge to 1
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at zero; convergence to 1 is not needed
     tall = update.shape[0] > update.shape[1]
     x = (update.mT if tall else update) / (update.norm() + 1e-7)
     for _ in range(steps):
@@ -32,16 +32,16 @@ def orthogonalize(update: Tensor, steps: int = 3) -> Tensor:
 
 
 class MuonSGD(SGD):
-    """SGD, and Muon for the parameter groups that have `muon=True`.
+    """SGD, and Muon for parameter groups with `muon=True`.
 
-    Muon's weights (out, in, h, w) are scaled to norm sqrt(out) before each step: batch norm makes
-    their norm irrelevant, so that the learning rate alone decides how far they turn. Parameters
+    Before each step, Muon's weights (out, in, h, w) are scaled to norm sqrt(out). Batch norm makes
+    their norm irrelevant, and the learning rate alone then decides how far they turn. Parameters
     without a gradient are skipped.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every group; returns the loss of the closure, if there is one."""
+        """Update all groups; returns the closure's loss, if there is a closure."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in [group for group in self.param_groups if group.get("muon")]:
@@ -59,7 +59,7 @@ class MuonSGD(SGD):
 
 
 def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
-    """Parameters by how they are trained: SGD with and without weight decay, Muon.
+    """The parameters trained by SGD with weight decay, by SGD without, and by Muon.
 
     `h` are the task's hyperparameters.
     """
@@ -78,7 +78,7 @@ def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
 def triangle(step: int, total: int, warmup: float) -> float:
     """Factor of the learning rate after `step` of `total` steps.
 
-    Linear from a tenth to 1 in the share `warmup` of the steps, then linear to 0.
+    It rises linearly from 0.1 to 1 over the share `warmup` of the steps, then falls linearly to 0.
     """
     top = max(1, round(warmup * total)) if warmup else 0
     if step < top:

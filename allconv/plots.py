@@ -1,6 +1,6 @@
-"""Plots: tensors in, matplotlib Figure out. Nothing is read, written or shown here.
+"""Plots: tensors in, matplotlib Figure out; pure functions.
 
-Blue and vermilion are from Okabe and Ito (https://jfly.uni-koeln.de/color/), for any color vision.
+Blue and vermilion are Okabe and Ito's (https://jfly.uni-koeln.de/color/), safe for color blindness.
 """
 
 import math
@@ -22,14 +22,14 @@ def readable(name: str) -> str:
 
 
 def sample(n: int) -> Tensor:
-    """Indices of ten of n images, the same in every epoch and for every network."""
+    """Ten indices out of n, the same in every epoch and for every network."""
     return torch.from_numpy(np.random.RandomState(43).permutation(n)[:10])
 
 
 def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> Figure:
     """Cross-entropy and accuracy over the epochs; `upright` for a narrow page.
 
-    `rows` are a run's metrics, one dict an epoch, with the project's metric names.
+    `rows` are a run's metrics, one dict per epoch; see `allconv.rundir.read_metrics`.
     """
     figure = Figure(figsize=(5, 6.5) if upright else (10, 4), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -40,7 +40,7 @@ def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> F
     def line(axes, name, label, color, scale=1.0):
         points = [(row["epoch"] + 1, row[name] * scale) for row in rows if name in row]
         if points:
-            style = "o-" if last <= 30 else "-"  # dots of more epochs run into each other
+            style = "o-" if last <= 30 else "-"  # the dots of more epochs overlap
             axes.plot(*zip(*points, strict=True), style, ms=3, label=label, color=color)
 
     line(left, "train/loss", "training (as trained)", VERMILION)
@@ -63,7 +63,7 @@ def curves(rows: list[dict[str, float]], title: str, upright: bool = False) -> F
 
 
 def bars(values: dict[str, float], expected: dict[str, float]) -> Figure:
-    """Accuracies in % by name, each with the expected one as a tick."""
+    """Accuracies in % by name, each with a tick at the expected one."""
     figure = Figure(figsize=(8, 0.35 * len(values) + 1), layout="constrained")
     axes, names = figure.subplots(), list(values)
     axes.bar_label(axes.barh(names, values.values(), color=BLUE), fmt="%.1f", padding=8)
@@ -77,10 +77,10 @@ def bars(values: dict[str, float], expected: dict[str, float]) -> Figure:
 def growth(
     points: list[tuple[float, float, float]], label: str, levels: dict[str, float]
 ) -> Figure:
-    """Accuracy in % against a quantity that is doubled rather than increased.
+    """Accuracy in % against a quantity on a logarithmic axis.
 
-    `points` are the quantity, the accuracy and its standard deviation; `label` names the quantity
-    and `levels` are accuracies to compare with, by name.
+    `points` are triples of the quantity, the accuracy and its standard deviation; `label` names the
+    quantity, and `levels` are accuracies to compare with, by name.
     """
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
@@ -97,13 +97,13 @@ def growth(
 
 
 def style(axes) -> None:
-    """A light grid, and no box."""
+    """Set a light grid and no box."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def legend(axes) -> None:
-    """Above the axes, where it hides no point."""
+    """Place the legend above the axes, where it hides no point."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=3, frameon=False, fontsize=9)
 
 
@@ -112,7 +112,7 @@ def predictions(
 ) -> Figure:
     """Images with their true class, predicted class and its probability.
 
-    Images are (N, 3, H, W) uint8, labels (N,) and logits (N, classes); `names` are the classes'.
+    Images are (N, 3, H, W) uint8, labels (N,) and logits (N, classes); `names` are class names.
     """
     probabilities, predicted = logits.float().softmax(1).max(1)
     rows = math.ceil(len(images) / columns)
@@ -140,17 +140,17 @@ def confusion(
     title: str,
     inches: float = 10,
 ) -> Figure:
-    """Confusion matrix, the classes of a group side by side.
+    """Confusion matrix with the classes sorted by group.
 
-    `matrix` are the counts (classes, classes), true class by predicted class, in the order of
-    `names`; `groups` are group names with the class names in them; `inches` is the width.
+    `matrix` are counts (classes, classes), true by predicted class, in the order of `names`;
+    `groups` maps group names to their class names; `inches` is the width.
     """
     order = [names.index(name) for members in groups.values() for name in members]
     shares = matrix[order][:, order].double()
     shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(inches, 0.9 * inches), layout="constrained")
     axes = figure.subplots()
-    # the square root shows the few per cent off the diagonal, which are what one looks for
+    # the square root makes the few per cent off the diagonal visible
     norm = PowerNorm(0.5, vmin=0, vmax=100)
     image = axes.imshow(shares.numpy(), cmap="cividis", interpolation="nearest", norm=norm)
     sizes = torch.tensor([len(members) for members in groups.values()])

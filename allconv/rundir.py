@@ -1,6 +1,6 @@
-"""Run directories, `lightning_logs/version_N/`: found, made, read; and how a file is written.
+"""Run directories, `lightning_logs/version_N/`: find, create, lock and read; atomic file writes.
 
-Imports neither torch nor Lightning. What is missing or damaged is a RunError.
+Imports neither torch nor Lightning. Missing or damaged files are a RunError.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from allconv.errors import UserError, say
 LOGS = "lightning_logs"
 CONFIGS = Path(__file__).parent / "configs"  # the recipes
 CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
-# keys of a config.yaml that name places on one machine
+# keys of config.yaml that hold a machine's own paths
 PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
 
 
@@ -30,14 +30,14 @@ class RunError(UserError):
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, flush it to the disk and rename it: whole or not at all.
+    """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed.
 
     Args:
-        path: where; missing folders are made.
-        write: writes the content into an open binary file.
+        path: the file; missing folders are created.
+        write: called with the open binary file.
     """
-    # short, so that any name that fits fits beside itself; random, since two machines or
-    # containers that share a folder may have the same process numbers
+    # short, to fit wherever the file's name does; random, since machines or containers that share
+    # a folder may have equal process ids
     beside = path.with_name(f".{os.urandom(4).hex()}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,21 +46,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer makes a disk error a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a disk error
         while error.__context__:
-            error = error.__context__  # and hides what the disk said
+            error = error.__context__  # and hides its cause
         raise RunError(f"{path}: cannot be written ({error}); the file before is kept") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, in UTF-8."""
+    """Write a UTF-8 text file atomically."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def number(run: Path) -> int:
-    """N of a run directory version_N; -1 of anything else."""
+    """The N of a run directory version_N; -1 for anything else."""
     match = re.fullmatch(r"version_(\d+)", run.name)
     return int(match[1]) if match and run.is_dir() else -1
 
@@ -72,7 +72,7 @@ def runs(logs: Path) -> list[Path]:
 
 
 def create(logs: Path) -> Path:
-    """Make the next free run directory; two processes never get the same."""
+    """Create the next free run directory; two processes never get the same one."""
     logs.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1 + max(map(number, runs(logs)), default=-1)):
         with contextlib.suppress(FileExistsError):
@@ -82,7 +82,7 @@ def create(logs: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Hold a run directory, unless another process does; one that was killed holds nothing."""
+    """Lock a run directory against other processes; a process that dies releases its lock."""
     with (run / "lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,16 +90,16 @@ def lock(run: Path) -> Iterator[None]:
             raise RunError(f"{run}: another process is training in it") from None
         except OSError as error:  # some network file systems have no locks
             say(f"{run}: no lock ({error.strerror}); train in it with one process at a time")
-        for left in run.rglob(".*.writing"):  # by a process that was killed
+        for left in run.rglob(".*.writing"):  # by a killed process
             left.unlink()
         _date_before_now(event_files(run))
         yield
 
 
 def _date_before_now(files: list[Path]) -> None:
-    """Rename event files of the future: TensorBoard reads them in the order of their names.
+    """Rename event files dated in the future, since TensorBoard reads files in name order.
 
-    Their clock was ahead: it was set back since, or was another machine's.
+    The clock was set back in the meantime, or was that of another machine.
     """
     latest = int(time.time()) - len(files)
     for i, path in enumerate(files):
@@ -109,12 +109,12 @@ def _date_before_now(files: list[Path]) -> None:
 
 
 def event_files(run: Path) -> list[Path]:
-    """A run's TensorBoard files, oldest first; each is named by the second it was begun."""
+    """A run's TensorBoard files, oldest first; a name holds the second the file was created."""
     return sorted(run.glob(f"events.out.tfevents.{10 * '[0-9]'}.*"))
 
 
 def read_rows(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv as they are; [] if there is none."""
+    """The rows of a run's metrics.csv as text; [] if there is no file."""
     path, rows = run / "metrics.csv", []
     try:
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -129,27 +129,27 @@ def read_rows(run: Path) -> list[dict[str, str]]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """A run's metrics, one dict an epoch; cells that are not numbers are left out."""
+    """A run's metrics, one dict per epoch, without cells that are not numbers."""
     epochs: dict[float, dict[str, float]] = {}
     for row in read_rows(run):
         numbers = {}
         for key, value in row.items():
             with contextlib.suppress(ValueError):
                 numbers[key] = int(value) if key in ("epoch", "step") else float(value)
-        # other callbacks may log rows of their own, without an epoch or within one
+        # callbacks of the user may log rows of their own, without an epoch or within one
         if "epoch" in numbers and not numbers.keys().isdisjoint({"train/loss", "val/acc"}):
             epochs.setdefault(numbers["epoch"], {}).update(numbers)
     return list(epochs.values())
 
 
 def best_row(run: Path) -> dict[str, float] | None:
-    """The row of the epoch with the highest val/acc, if any epoch was validated."""
+    """The row of the epoch with the highest val/acc; None if no epoch was validated."""
     rows = [row for row in read_metrics(run) if "val/acc" in row]
     return max(rows, key=lambda row: row["val/acc"], default=None)
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """A YAML file of keys and values, without aliases, at most 40 levels deep and 1 MB large."""
+    """Read a YAML mapping without aliases, at most 40 levels deep and 1 MB large."""
     try:
         if not path.is_file() or path.stat().st_size > 10**6:
             raise ValueError("expected a file of at most 1 MB")
@@ -168,7 +168,7 @@ def read_yaml(path: Path) -> dict[str, object]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping with a key that is there twice."""
+    """Rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -178,13 +178,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_config(run: Path) -> dict[str, object]:
-    """A run's config.yaml without nulls and without this machine's folders; {} if there is none."""
+    """A run's config.yaml without nulls and without a machine's paths; {} if there is none."""
     path = run / "config.yaml"
     return _portable(read_yaml(path)) if path.exists() else {}
 
 
 def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """A configuration with one dotted key per setting."""
+    """Flatten a configuration to one dotted key per setting."""
     found = {}
     for key, value in config.items():
         if isinstance(value, dict):

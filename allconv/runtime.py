@@ -1,4 +1,4 @@
-"""What fit, validate and test set in their process: signals, memory, less noise."""
+"""Process setup of fit, validate and test: signals, memory, fewer messages."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-# Lightning's messages that repeat what `Progress` says, or advertise
+# messages of Lightning that repeat what `Progress` says, or advertise
 NOISE = re.compile(
     r"(\[rank: \d+\] )?((GPU|TPU|HPU) available|Tip:|💡|Seed set to|`Trainer\.fit` stopped|Restor"
     r"|Using (\S+ Automatic Mixed|default `Model)|Trainer already configured with model summary"
@@ -32,7 +32,7 @@ WARNINGS = (
 
 
 def prepare() -> None:
-    """Set how a training ends on a signal, leave out noise, and keep memory."""
+    """Set the signal handlers, filter messages and warnings, and set the allocator."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -46,9 +46,9 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def stops() -> Iterator[None]:
-    """Raise again what a signal raised, where a C extension made another error of it.
+    """Restore the exception of a signal that a C extension turned into another one.
 
-    Seen in the loading of matplotlib's backend (ImportError) and in torch's writer (RuntimeError).
+    Seen while matplotlib's backend loads (ImportError), and in torch's writer (RuntimeError).
     """
     try:
         yield
@@ -61,11 +61,11 @@ def stops() -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Keep memory that is freed.
+    """Make glibc keep freed memory.
 
-    By itself glibc gets each tensor from 32 MiB on anew from the system: 98,000 page faults a
-    training step (width 64, batch 128, 2 cores). Without them a step is 1.24 times as fast, and an
-    evaluation in batches of 500 three times.
+    By default it maps each tensor above 32 MiB anew: 98,000 page faults per training step (width
+    64, batch 128, 2 cores). Without them, a step is 1.24 times as fast, and an evaluation in
+    batches of 500 three times.
     """
     if sys.platform != "linux":
         return
@@ -76,6 +76,6 @@ def keep_memory() -> None:
 
 
 def _thread_error(thread) -> None:
-    """TensorBoard's thread hands a disk's error to the next call; it need not print it as well."""
+    """Do not print a disk error in TensorBoard's thread: its next call raises it again."""
     if thread.exc_type is not OSError:
         threading.__excepthook__(thread)

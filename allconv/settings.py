@@ -1,4 +1,4 @@
-"""Which settings apply: recipes, a run's config.yaml in front of the arguments, contradictions."""
+"""Settings: recipes, a run's config.yaml as defaults for the arguments, and what is refused."""
 
 import argparse
 import json
@@ -16,54 +16,54 @@ from allconv.errors import OneLineErrors, UsageError, UserError, say
 from allconv.rundir import CONFIGS, RunError, flat, read_yaml
 
 RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
-REMOVED = {"muon_momentum"}  # settings that runs of earlier versions have
-# of a task's arguments, those that do not change what its weights compute
+REMOVED = {"muon_momentum"}  # settings of earlier versions
+# arguments of the task that do not change what its weights compute
 NEUTRAL = {"compile", "flip_test"}
-# data settings that decide which images are held out
+# data settings that determine the validation images
 SPLIT = {"demo", "folder", "val_size", "split_seed"}
-# settings that may differ when a run is resumed, without a word
+# settings that may silently differ when a run is resumed
 FREE = re.compile(
     r"(config|recipe|ckpt_path|init|data\.(data_dir|folder)|trainer\.(max_steps|max_time|"
     r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
 )
-# of the trainer's settings, those that Lightning divides by
+# trainer settings that Lightning divides by
 DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
 DIVISORS |= {"val_check_interval"}
 GROUPS = {"trainer", "model", "data"}
-# what is read before the arguments are parsed
+# flags that are read before the others are parsed
 EARLY = ("ckpt_path", "init", "trainer.default_root_dir", "model.num_classes")
-# code that a run's config.yaml may name
+# packages whose classes a run's config.yaml may name
 TRUSTED = ("lightning.", "torch.", "allconv.")
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line."""
+    """LightningCLI's parser, with one-line errors."""
 
     classes = (*callbacks.__all__, *loggers.__all__)
     recipes = tuple(RECIPES)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say where to find what other projects with LightningCLI have elsewhere."""
+        """Point to the settings that other LightningCLI projects have under other names."""
         if re.search(r"--(optimizer|lr_scheduler)\b", message):
             message = (
                 "--optimizer and --lr_scheduler are settings of the model here: --model.lr, "
                 "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
             )
-        elif "arguments are required" in message:  # of a class that was named
+        elif "arguments are required" in message:  # by a class that a value names
             message += " (a class's own come after it: --trainer.callbacks.monitor=val/acc)"
         super().error(message, ex)
 
 
 class Early(OneLineErrors, argparse.ArgumentParser):
-    """Parser of what the others depend on."""
+    """Parser of the flags that are read first."""
 
 
 def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
-    """What has to be known before the arguments can be parsed.
+    """Read what the parsing of the other arguments depends on.
 
     Returns:
-        The settings of the --config files, and of the flags the EARLY ones, by dotted key; the
-        files; and the arguments with these in front, names of recipes replaced by their files.
+        The settings of the --config files and the EARLY flags, by dotted key; the files; and the
+        arguments, with these first and recipe names replaced by their files.
     """
     parser = Early(add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -88,20 +88,20 @@ def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
 
 
 def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
-    """What a checkpoint's run was set to: its config.yaml, completed by the checkpoint itself.
+    """The settings of a checkpoint's run: its config.yaml, completed by the checkpoint itself.
 
     Args:
         checkpoint: the checkpoint.
-        named: the user's own arguments; code that neither they nor TRUSTED name is left out.
+        named: the user's own arguments; classes named neither there nor in TRUSTED are left out.
     """
     settings = read_yaml(checkpoint.run / "config.yaml") if checkpoint.run else {}
     settings = _trusted(settings, named)
     groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
     trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
-    for key in ("max_steps", "max_time"):  # what ended the run does not end it again
+    for key in ("max_steps", "max_time"):  # they ended the run, and would end it again at once
         trainer.pop(key, None)
     own = trainer.get("callbacks")
-    if isinstance(own, list):  # a finder has found: its value is in the checkpoint
+    if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
     model = {k: v for k, v in {**model, **checkpoint.hparams}.items() if k not in REMOVED}
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
@@ -111,7 +111,7 @@ def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
 
 
 def _trusted(value: object, named: str) -> object:
-    """The value without the classes that would run code which only a file names."""
+    """The value without classes whose code only a file names."""
     if isinstance(value, list):
         kept = [_trusted(v, named) for v in value]
         return [new for old, new in zip(value, kept, strict=True) if new is not None or old is None]
@@ -125,11 +125,11 @@ def _trusted(value: object, named: str) -> object:
 
 
 def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> None:
-    """Refuse settings that cannot work, before anything is made.
+    """Refuse settings that cannot work, before anything is instantiated.
 
     Raises:
         UsageError: they never work.
-        CheckpointError: they are not those that the checkpoint was made with.
+        CheckpointError: the checkpoint was made with others.
     """
     if resumed and config.trainer.max_steps != -1:  # Lightning would count the last epoch twice
         raise UsageError(
@@ -141,7 +141,7 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         if isinstance(value, int | float) and value <= 0:
             raise UsageError(f"trainer.{key} is {value}: it must be above 0")
     devices, cores = str(config.trainer.devices), os.cpu_count() or 1
-    if devices.isdigit() and int(devices) > 8 * cores:  # each is a process that loads torch
+    if devices.isdigit() and int(devices) > 8 * cores:  # one process each
         raise UsageError(f"trainer.devices is {devices}: too many for {cores} CPU cores")
     if re.search("fork|notebook|spawn", str(config.trainer.strategy)):  # none works
         raise UsageError(f"trainer.strategy is {config.trainer.strategy}: use ddp")
@@ -154,7 +154,7 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
 
 
 def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
-    """Refuse settings that are not those the checkpoint was made with."""
+    """Refuse settings of the model that differ from the checkpoint's."""
     told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
     if not (checkpoint.resumable or checkpoint.metadata):
         told = {"width", "num_classes"}
@@ -172,12 +172,12 @@ def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
 
 
 def changes(before: dict[str, object], config: Namespace) -> list[str]:
-    """The settings that make a resumed run another one than it was, as text.
+    """The changed settings that make a resumed run differ from the original, as text.
 
     Raises:
-        UserError: the data are not those that the run was trained with.
+        UserError: the run was trained with other data.
     """
-    plain = json.loads(json.dumps(config.as_dict(), default=str))  # as a file has it
+    plain = json.loads(json.dumps(config.as_dict(), default=str))  # types as in a file
     before, now = flat(before), flat(plain)
     changed = {k for k in before if now.get(k) != before[k] and not FREE.match(k)}
     for key in sorted({f"data.{key}" for key in SPLIT} & changed):
@@ -185,6 +185,6 @@ def changes(before: dict[str, object], config: Namespace) -> list[str]:
             f"{key} is {now[key]}, but the run was trained with {before[key]}: resume with the "
             "same data, or start a new run with --init"
         )
-    if config.model.warmup is None and not config.data.sizes:  # nothing else depends on it
+    if config.model.warmup is None and not config.data.sizes:  # nothing depends on it
         changed.discard("trainer.max_epochs")
     return [f"{k} from {before[k]} to {now.get(k)}" for k in sorted(changed)]

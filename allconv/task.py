@@ -1,6 +1,6 @@
 """The LightningModule: AllCNN with its loss, optimizer, schedule, metrics and initialization.
 
-The defaults are what the notebook meant: SGD with momentum 0.9 and weight decay 2e-5, learning
+The defaults are the notebook's, as intended: SGD with momentum 0.9 and weight decay 2e-5, learning
 rate 0.1, halved every 20 of 100 epochs. Metrics are computed over whole splits.
 """
 
@@ -27,24 +27,24 @@ class Classifier(LightningModule):
     """AllCNN with its loss, optimizer, schedule and metrics.
 
     Args:
-        lr: learning rate at the start; with warmup, the peak.
+        lr: initial learning rate; with warmup, the peak.
         momentum: momentum of SGD.
         nesterov: use Nesterov momentum.
         weight_decay: L2 penalty.
-        decay_norms: decay biases and batch norm parameters too; if not, the biases in front of a
-            batch norm, which cancels them, are frozen.
+        decay_norms: apply weight decay to biases and batch norm parameters too; if not, the biases
+            in front of a batch norm, which have no effect, are frozen.
         milestones: epochs after which the learning rate is multiplied by gamma.
         gamma: factor of the learning rate at each milestone.
-        warmup: share of the steps in which the learning rate rises linearly from a tenth of lr;
+        warmup: share of the steps over which the learning rate rises linearly from a tenth of lr;
             it then falls linearly to zero, and milestones and gamma are ignored (Smith and Topin,
-            arXiv:1708.07120). None: milestones.
+            arXiv:1708.07120). None: use the milestones.
         muon_lr: learning rate of Muon for the convolutions between the first and the last, see
-            `allconv.optim`; 0: they are trained by SGD.
+            `allconv.optim`. 0: train them with SGD.
         label_smoothing: label smoothing of the training loss (Szegedy et al., arXiv:1512.00567).
         dirac: initialize the inner convolutions as identities, see `allconv.model.dirac_`.
         whiten: initialize the first convolution with whitening filters of the training images,
             see `allconv.model.whiten_`.
-        teacher: distill from this network, see `allconv.distill`: pretrained, or a checkpoint that
+        teacher: network to distill from, see `allconv.distill`: pretrained, or a checkpoint that
             was trained on the same split.
         flip_test: also report test/acc_flip, with the logits of each test image and its mirror
             image averaged.
@@ -77,17 +77,17 @@ class Classifier(LightningModule):
         self.net = AllCNN(**net).to(memory_format=torch.channels_last)
         if dirac:
             dirac_(self.net)
-        if not decay_norms:  # here, not with the optimizer: DDP must not wait for their gradients
+        if not decay_norms:  # before DDP wraps the module: it would wait for their gradients
             for bias in biases_before_norm(self.net):
                 bias.requires_grad_(False)
         if compile:
             self.net.compile()  # in place, so that the names in the checkpoint do not change
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
-        self.initialized = False  # whether the weights are trained ones
+        self.initialized = False  # whether the weights were initialized, or loaded
         self.teacher: distill.Teacher | None = None
         self.rate: float | None = None  # learning rate of the last step
-        # "disable": a loss that is not a number has to show as one. torchmetrics 1.9 then takes
-        # every weight for 1, so the losses go in image by image
+        # "disable": a NaN has to show. torchmetrics 1.9 then ignores weights, so the losses are
+        # added image by image
         self.train_loss = MeanMetric(nan_strategy="disable")
         options = {"num_classes": self.net.num_classes, "average": "micro", "validate_args": False}
         self.metrics = nn.ModuleDict()
@@ -125,27 +125,27 @@ class Classifier(LightningModule):
         self.initialized = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Name the teacher by its content."""
+        """Record the teacher's digest."""
         if self.teacher:
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Keep the weights from being initialized; refuse to go on with another teacher."""
+        """Keep the loaded weights; refuse to resume with another teacher."""
         self.initialized = True
         if self.teacher:
             self.teacher.check(checkpoint.get("teacher"))
 
     def configure_optimizers(self):
-        """SGD, or SGD and Muon, and a schedule by steps.
+        """SGD, or SGD and Muon, with a schedule that advances every step.
 
-        By steps, not epochs: Lightning saves checkpoints before it steps the epoch's scheduler,
-        and a resumed run would keep the old rate for one epoch more.
+        Not every epoch: Lightning saves a checkpoint before it advances an epoch's scheduler, so a
+        resumed run would keep the old rate for one more epoch.
         """
         h, trainer = self.hparams, self.trainer
         groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True
         optimizer = MuonSGD(groups, h.lr, h.momentum, nesterov=h.nesterov, fused=fused)
-        trainer.fit_loop.setup_data()  # the number of batches is not known before
-        # an epoch's last batch always ends a step
+        trainer.fit_loop.setup_data()  # sets num_training_batches
+        # the last batch of an epoch always completes a step
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if h.warmup is None:
             schedule = MultiStepLR(optimizer, [epoch * steps for epoch in h.milestones], h.gamma)
@@ -175,10 +175,10 @@ class Classifier(LightningModule):
         return losses.mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        """Log the epoch's mean loss and its last rate after its last step.
+        """After the last step of an epoch, log its mean loss and its last learning rate.
 
-        Straight to the loggers: what `self.log` collects over an epoch is written after the
-        checkpoint of that epoch, and a run killed in between would never have the row.
+        Directly to the loggers: Lightning writes what `self.log` collects over an epoch after that
+        epoch's checkpoint, and a run killed in between would lose the row.
         """
         if not self.trainer.is_last_batch:
             return

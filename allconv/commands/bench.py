@@ -1,8 +1,7 @@
-"""`python -m allconv bench`: how near training is to the limit of this machine.
+"""`python -m allconv bench`: how close training comes to the limit of this machine.
 
-A round is a process of its own, in which contenders take turns. A figure is the median over the
-rounds, and a ratio that of each round's ratio: the speed of a busy machine changes by the minute.
-lightning_logs/README.md says what the ratios are.
+Each round is a process that measures everything, since the speed of a shared machine changes by
+the minute. Rates and ratios are medians over the rounds; lightning_logs/README.md defines them.
 """
 
 import json as json_format
@@ -47,7 +46,7 @@ def bench(
             command = [sys.executable, "-c", code, *flags, f"--trainer.default_root_dir={folder}"]
             process = subprocess.run(command, stdout=subprocess.PIPE)
         if process.returncode:
-            sys.exit(process.returncode)  # it has said why
+            sys.exit(process.returncode)  # it has printed why
         rounds.append(json_format.loads(process.stdout.splitlines()[-1]))
         say(f"round {i + 1} of {repeats} is done")
     machine = f"{rounds[0].pop('device')} on {platform.machine()}, {os.cpu_count()} cores"

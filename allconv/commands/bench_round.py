@@ -1,4 +1,4 @@
-"""A round of `python -m allconv bench`: the real fit, then what it is compared with."""
+"""One round of `python -m allconv bench`: a real `fit`, then what it is compared with."""
 
 import json
 import resource
@@ -27,7 +27,7 @@ IMPORTED = time.time()
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 BATCHES = 6  # in an epoch; the first of two epochs warms up
-# as the recipes, and on a GPU configs/gpu.yaml, have it
+# as in the recipes, and on a GPU as in configs/gpu.yaml
 FIT = f"""fit --model.dropout=0 --model.rectify_logits=false --model.nesterov=true
     --model.decay_norms=false --model.compile={GPU} --data.crop=4 --data.flip=true
     --trainer.precision={"bf16-mixed" if GPU else "32-true"} --trainer.devices=1
@@ -36,7 +36,7 @@ FIT = f"""fit --model.dropout=0 --model.rectify_logits=false --model.nesterov=tr
 
 
 def main() -> None:
-    """Fit with the flags of the command line, measure the contenders, and print the figures."""
+    """Fit with the flags of the command line, measure the rest, and print all figures as JSON."""
     with errors.command():
         cli.main(FIT.split() + sys.argv[1:])  # first: fit also sets how memory is handled
     task, data = Laps.trainer.lightning_module, Laps.trainer.datamodule
@@ -53,17 +53,17 @@ def main() -> None:
 
 
 class Laps(Callback):
-    """Times the start, and the training part of the last epoch."""
+    """Times the start-up, and the training part of the last epoch."""
 
     trainer, found = None, {}
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        """Begin the training part."""
+        """Start timing."""
         Laps.found.setdefault("first_step_after_imports_s", time.time() - IMPORTED)
         Laps.trainer, self.start = trainer, _now()
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        """End the training part."""
+        """Stop timing: the training part is over."""
         images, seconds = BATCHES * trainer.datamodule.hparams.batch_size, _now() - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Laps.found["fit_images_s"] = images / seconds
@@ -82,7 +82,7 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 
 def _step(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
-    """A training step on normalized images (B, 3, 32, 32), and nothing around it."""
+    """A bare training step on normalized images (B, 3, 32, 32), as a function."""
     images, labels = images.to(DEVICE), torch.arange(len(images), device=DEVICE) % 100
 
     def step() -> None:
@@ -96,7 +96,7 @@ def _step(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
 
 
 def _steps(task: Classifier, size: int) -> dict[str, float]:
-    """Our bare step with the trained net, a matrix product, and the notebook's step."""
+    """The bare step of our net, a matrix product, and the notebook's step."""
     images = torch.randn(size, 3, 32, 32).to(memory_format=torch.channels_last)
     groups = parameter_groups(task.train().net.to(DEVICE), task.hparams)
     ours = _step(task.net, torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, fused=True), images)
@@ -104,7 +104,7 @@ def _steps(task: Classifier, size: int) -> dict[str, float]:
     sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=2e-5)
     notebook = _step(net, sgd, torch.randn(64, 3, 32, 32))
     a, b = torch.randn(2, 2048, 2048, device=DEVICE, dtype=DTYPE)
-    # the same product by the kernels of the convolutions: MKL's takes twice as long on an AMD
+    # the same product with the convolution kernels: MKL's takes twice as long on an AMD CPU
     pixels = a.view(1, 2048, 1, 2048).permute(0, 3, 1, 2)  # (1, 2048, 2048, 1), channels last
     kernels = b.view(2048, 1, 1, 2048).permute(0, 3, 1, 2)  # (2048, 2048, 1, 1), channels last
     with FlopCounterMode(display=False) as counter:
@@ -120,9 +120,9 @@ def _steps(task: Classifier, size: int) -> dict[str, float]:
 
 
 def _pipelines(data: CIFAR100) -> dict[str, float]:
-    """Shuffled, normalized batches on the device: ours, and torchvision's with its workers."""
-    theirs, ours = object.__new__(datasets.CIFAR100), data.sets["train"]  # without its files
-    # few: it is so slow
+    """Shuffled, normalized batches on the device: ours, and torchvision's with 0 or 2 workers."""
+    theirs, ours = object.__new__(datasets.CIFAR100), data.sets["train"]  # needs no files
+    # a tenth: it is slow
     theirs.data = ours.images[::10].permute(0, 2, 3, 1).contiguous().numpy()
     theirs.targets, theirs.target_transform = ours.labels[::10].tolist(), None
     theirs.transform = Compose([ToTensor(), Normalize(MEAN, STD)])

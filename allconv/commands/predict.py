@@ -17,16 +17,16 @@ DESCRIPTION = (
     "exit code is then 1."
 )
 BATCH = 64
-SHEET = 12  # images that are still legible on one sheet
-# Of the 5,000 validation images the packaged net (74.8 % right) gives 983 top classes less than
-# 0.35: 37 % of those are right. From 0.30 to 0.35 it is 49 %, from 0.35 to 0.40 52 %.
+SHEET = 12  # images on a sheet
+# Of 5,000 validation images (accuracy 74.8 %), the packaged net gives the top class of 983 a
+# probability below 0.35, and 37 % of these are right; from 0.30 to 0.35, 49 %; to 0.40, 52 %.
 LOW = 0.35
 
 
 def predict(
     names: list[str], ckpt_path: str | None, format: str, out: str | None, top: int | None
 ) -> int:
-    """Print the answers in `format` and draw the sheet; returns how many files were skipped."""
+    """Print the predictions and draw the sheet; returns the number of files skipped."""
     from allconv import checkpoints
 
     default = "pretrained" if checkpoints.PRETRAINED.is_file() else "best"
@@ -54,7 +54,7 @@ def predict(
 
 
 def _files(names: list[str]) -> list[str]:
-    """The names, with a folder replaced by the images in and under it that are not hidden."""
+    """The names, with each folder replaced by the images under it, without hidden ones."""
     from allconv.images import SUFFIXES
 
     files = []
@@ -70,7 +70,7 @@ def _files(names: list[str]) -> list[str]:
 
 
 def _check_out(out: str, files: list[str]) -> None:
-    """Refuse a sheet that is no .png, is in no folder, or would replace an image."""
+    """Refuse a sheet that is not a .png in an existing folder, or would replace an input."""
     path = Path(out)
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise UsageError(f"out is {printable(out)}: it must be a .png in a folder that exists")
@@ -81,7 +81,7 @@ def _check_out(out: str, files: list[str]) -> None:
 
 
 def _read(files: list[str]) -> tuple[list[str], list, list]:
-    """Names and network inputs of the files that can be read, and the first few images."""
+    """Of the readable files: their names, the first few images, and all network inputs."""
     from rich.console import Console
     from rich.progress import track
 
@@ -91,7 +91,7 @@ def _read(files: list[str]) -> tuple[list[str], list, list]:
     for name in track(files, "", console=Console(stderr=True), disable=quiet, transient=True):
         try:
             file = name
-            if name == "-":  # of an endless stream, no more than any image has
+            if name == "-":  # limited, since a stream may be endless
                 file = io.BytesIO(os.fdopen(0, "rb", closefd=False).read(2**28))
             image = images.read(file)
         except (images.ImageError, OSError) as error:
@@ -109,13 +109,13 @@ def _read(files: list[str]) -> tuple[list[str], list, list]:
 
 
 def _answers(checkpoint, names: list[str], seen: list, top: int) -> tuple[list[dict], list]:
-    """Each image's JSON object, and of the first batch the map (8, 8) of the top class."""
+    """Each image's prediction, and for the first batch the map (8, 8) of its top class."""
     import torch
 
     from allconv.augment import normalize
     from allconv.cifar100 import MEAN, STD
 
-    # contiguous: few images take a tenth of the time that they take with weights channels last
+    # contiguous: with channels-last weights, a few images take ten times as long
     net = checkpoint.net().to(memory_format=torch.contiguous_format)
     rows, shown = [], []
     for start in range(0, len(seen), BATCH):
@@ -135,7 +135,7 @@ def _answers(checkpoint, names: list[str], seen: list, top: int) -> tuple[list[d
 
 
 def write_table(rows: list[dict]) -> None:
-    """An image's name, and its classes beneath."""
+    """Print each image's name, and its classes below."""
     for row in rows:
         print(printable(row["image"]) + ("" if row["confident"] else "   (uncertain)"))
         for best in row["top"]:
@@ -143,12 +143,12 @@ def write_table(rows: list[dict]) -> None:
 
 
 def write_json(rows: list[dict]) -> None:
-    """A list of objects."""
+    """Print a list of objects."""
     print(json.dumps(rows, indent=2))
 
 
 def write_csv(rows: list[dict]) -> None:
-    """A line for each image and class."""
+    """Print a line per image and class."""
     write = csv.writer(sys.stdout, lineterminator="\n").writerow
     write(["image", "rank", "class", "probability", "confident"])
     for row in rows:

@@ -11,13 +11,13 @@ from allconv.errors import printable
 from allconv.plots import BLUE, GREY, VERMILION, readable
 from allconv.rundir import write_whole
 
-# clear where there is no evidence, so that the image is visible beneath
+# transparent where there is no evidence, so that the image shows through
 ENDS = to_rgba(BLUE, 0.8), to_rgba(BLUE, 0), to_rgba(VERMILION, 0), to_rgba(VERMILION, 0.8)
 EVIDENCE = LinearSegmentedColormap.from_list("", list(zip((0, 0.5, 0.5, 1), ENDS, strict=True)))
 
 
 def write(path: Path, answers: list[tuple], title: str) -> None:
-    """Draw into a PNG file, in a row each, answer, image, network input and map of `predict`."""
+    """Write a PNG file with a row for each prediction, image, network input and map (8, 8)."""
     height = 3.0 * len(answers) + 0.4  # inches
     figure = Figure(figsize=(10.4, height))
     figure.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", fontsize=12)
@@ -32,11 +32,11 @@ def write(path: Path, answers: list[tuple], title: str) -> None:
 
 
 def _draw(axes, row, image, given, evidence) -> None:
-    """An image's four panels, with the scale of its evidence."""
+    """Draw the four panels of an image."""
     whole, seen, where, bars = axes
     name = row["image"] if len(row["image"]) <= 80 else f"...{row['image'][-77:]}"
     name = printable(name) + ("" if row["confident"] else "   (uncertain)")
-    # a dollar sign in a file name begins no formula
+    # a dollar sign in a file name does not start a formula
     whole.text(0, 1.18, name, transform=whole.transAxes, weight="bold", parse_math=False)
     side, long, (w, h) = min(image.size), max(image.size), image.size
     whole.imshow(image, extent=(-w / 2, w / 2, -h / 2, h / 2))
@@ -44,7 +44,7 @@ def _draw(axes, row, image, given, evidence) -> None:
     whole.add_patch(Rectangle((-side / 2, -side / 2), side, side, **frame))
     whole.set(xlim=(-long / 2, long / 2), ylim=(-long / 2, long / 2), facecolor="#eeeeee")
     seen.imshow(given.permute(1, 2, 0).numpy())
-    # lighter greys, so that light and dark are not mistaken for evidence
+    # light greys, which are not mistaken for evidence
     where.imshow(given.float().mean(0).numpy(), cmap="gray", vmin=-100, vmax=255)
     over = {"norm": CenteredNorm(), "interpolation": "bilinear", "extent": (-0.5, 31.5, 31.5, -0.5)}
     shown = where.imshow(evidence.numpy(), cmap=EVIDENCE, **over)

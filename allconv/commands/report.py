@@ -1,7 +1,7 @@
-"""`python -m allconv report [A] [B]`: one HTML file about a checkpoint, or comparing two.
+"""`python -m allconv report [A] [B]`: an HTML page about a checkpoint, or comparing two.
 
-Everything is counted from the logits of one pass over the images, in `report_statistics.py`;
-`report.html.j2` is the page, `report_figures.py` what is drawn on it.
+All numbers come from the logits of one pass over the images, in `report_statistics.py`;
+`report.html.j2` is the page, and `report_figures.py` draws its figures.
 """
 
 from datetime import datetime
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def beside(columns: list[dict[str, object]]) -> list[tuple]:
-    """A row for each key, with its value in each column."""
+    """Rows of a key and its value in each column, empty where it has none."""
     keys = dict.fromkeys(key for column in columns for key in column)
     return [(key, *(column.get(key, "") for column in columns)) for key in keys]
 
 
 def render(**context: object) -> str:
-    """The page, which needs no other file."""
+    """Render the page, which needs no other file."""
     from jinja2 import Environment, StrictUndefined
 
     from allconv.commands.report_statistics import percent
@@ -37,7 +37,7 @@ def render(**context: object) -> str:
 
 
 def check(checkpoints: list["Checkpoint"], out: str | None) -> Path:
-    """The file to write; refuses what can be refused before the nets run, which takes a minute."""
+    """Return the file to write; refuse before the networks run, which takes a minute."""
     first, last = checkpoints[0], checkpoints[-1]
     data = first.dataset
     if data.classes != last.dataset.classes:

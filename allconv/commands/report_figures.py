@@ -1,4 +1,4 @@
-"""What `report` shows: plots as SVG, images and their class evidence as PNG, all as data URIs."""
+"""Figures of `report`: plots as SVG, images and evidence maps as PNG, all as data URIs."""
 
 import io
 from base64 import b64encode
@@ -19,7 +19,7 @@ def _uri(kind: str, save: Callable) -> str:
 
 
 def _png(image: Tensor) -> str:
-    """RGB bytes (H, W, 3); or shares (H, W) of 0, dark purple, to 1, yellow."""
+    """An image (H, W, 3) of RGB bytes, or a map (H, W) from 0 (dark purple) to 1 (yellow)."""
     options = {"format": "png", "cmap": "viridis", "vmin": 0, "vmax": 1}
     return _uri("png", lambda file: imsave(file, image.numpy(), **options))
 
@@ -33,7 +33,7 @@ def reliability(answers: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure
     """Accuracy by confidence in 15 bins of equal width.
 
     Args:
-        answers: by name, (N,) confidences and (N,) whether the answers are right.
+        answers: by name, confidences (N,) and whether the predictions are right (N,).
         title: what was evaluated.
     """
     figure = Figure(figsize=(5, 5.5), layout="constrained")
@@ -45,7 +45,7 @@ def reliability(answers: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure
         cells = (confidence * 15).long().clamp(max=14)
         counts = cells.bincount(minlength=15)
         x, y = (100 * cells.bincount(v.double(), 15) / counts for v in (confidence, right))
-        enough = counts >= 10  # the accuracy of fewer is noise
+        enough = counts >= 10  # fewer are noise
         axes.plot(x[enough], y[enough], line, ms=5, color=color, label=label, clip_on=False)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, 100))
     style(axes)
@@ -54,7 +54,7 @@ def reliability(answers: dict[str, tuple[Tensor, Tensor]], title: str) -> Figure
 
 
 def cards(index: Tensor, *nets: Evaluation, maps: bool = False) -> list[dict]:
-    """Images with the answers of the nets; with `maps`, where the first net saw its evidence."""
+    """Images with the networks' predictions, and with `maps` the evidence maps of the first."""
     a, found = nets[0], []
     names = a.checkpoint.dataset.classes
     for i in index.tolist():
@@ -71,13 +71,13 @@ def cards(index: Tensor, *nets: Evaluation, maps: bool = False) -> list[dict]:
 
 
 def surest(e: Evaluation, chosen: Tensor, k: int) -> Tensor:
-    """Indices of the k chosen images of which the net is the most confident."""
+    """Indices of the k chosen images with the highest confidence."""
     order = e.confidence.where(chosen, -1).argsort(descending=True, stable=True)
     return order[: min(k, int(chosen.sum()))]
 
 
 def pairs(e: Evaluation, k: int = 10) -> list[dict[str, object]]:
-    """The k pairs of classes that are confused most often, with the most confident errors."""
+    """The k most confused pairs of classes, with the most confident errors."""
     names, found = e.checkpoint.dataset.classes, []
     both = (e.matrix + e.matrix.T).triu(1)
     for cell in both.flatten().argsort(descending=True, stable=True)[:k].tolist():
@@ -92,7 +92,7 @@ def pairs(e: Evaluation, k: int = 10) -> list[dict[str, object]]:
 
 
 def share_axes(figures: list[Figure]) -> None:
-    """Give the n-th axes of all figures the same limits, so that runs can be compared by eye."""
+    """Give the n-th axes of all figures the same limits, to compare runs by eye."""
     for axes in zip(*(figure.axes for figure in figures), strict=True):
         x = [limit for each in axes for limit in each.get_xlim()]
         y = [limit for each in axes for limit in each.get_ylim()]
@@ -101,11 +101,11 @@ def share_axes(figures: list[Figure]) -> None:
 
 
 def draw(nets: list[Evaluation], metrics: list[list[dict]], title: str) -> dict[str, object]:
-    """Plots and images of one net, or of two.
+    """Plots and images of one or two networks.
 
     Args:
         nets: one or two.
-        metrics: the rows of each net's training; [] where there are none.
+        metrics: the metrics of each run by epoch; [] if unknown.
         title: what was evaluated.
     """
     a, *others = nets

@@ -1,4 +1,4 @@
-"""Numbers of `report`: a net's answers, their accuracy and calibration, two nets compared."""
+"""Statistics of `report`: predictions, accuracy and calibration of a net, two nets compared."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from allconv.cifar100 import MEAN, STD, Images
 from allconv.errors import UserError
 from allconv.model import AllCNN
 
-BATCH = 500  # images; least CPU time of 50 to 500
+BATCH = 500  # images; takes the least CPU time, of 50 to 500
 Z = 1.959964  # standard errors on each side of a 95 % interval
 
 
 @dataclass
 class Evaluation:
-    """What a checkpoint's net answers to the N images of a split."""
+    """The predictions of a checkpoint's network for the N images of a split."""
 
     key: str  # A or B
     checkpoint: Checkpoint
@@ -33,7 +33,7 @@ class Evaluation:
     images: Tensor  # (N, 3, 32, 32) uint8
     labels: Tensor  # (N,)
     logits: Tensor  # (N, classes)
-    temperature: float | None  # fitted to the validation images, if there are any
+    temperature: float | None  # fitted on the validation images, if there are any
 
     def __post_init__(self):
         self.confidence, self.predicted = self.logits.softmax(1).max(1)  # (N,)
@@ -46,10 +46,10 @@ class Evaluation:
 
 
 def read_sets(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -> list[dict]:
-    """For each checkpoint, the images of its validation split, which may be none, and of `split`.
+    """For each checkpoint, its validation split, which may be empty, and `split`.
 
     Raises:
-        UserError: those of `split` are not the same for both, or there are none.
+        UserError: `split` differs between the checkpoints, or is empty.
     """
     known = [c for c in checkpoints if c.data.keys() & {"data_dir", "folder"}]
     data, sets = (known or checkpoints)[0].dataset, []
@@ -76,7 +76,7 @@ def evidence(net: AllCNN, images: Tensor) -> Tensor:
 
 
 def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, Images]) -> Evaluation:
-    """Run the net once over each set of images that is not empty; the last is reported."""
+    """Run the network over each set that is not empty; the last one is reported."""
     runtime.keep_memory()
     net, temperature = checkpoint.net().to("cuda" if torch.cuda.is_available() else "cpu"), None
     for split, data in sets.items():
@@ -94,12 +94,12 @@ def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, Images]) -> Evalu
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """A share in per cent."""
+    """Format a share in per cent."""
     return f"{100 * share:.{digits}f}\u00a0%"
 
 
 def results(e: Evaluation) -> dict[str, str]:
-    """A net's column of the table of results, by what was measured."""
+    """A network's column in the table of results."""
     data = e.checkpoint.dataset
     best = e.logits.topk(min(5, e.logits.shape[1])).indices
     top5 = (best == e.labels[:, None]).any(1).double().mean().item()
@@ -125,9 +125,9 @@ def results(e: Evaluation) -> dict[str, str]:
 
 
 def by_class(evaluations: list[Evaluation], groups: dict[str, tuple[str, ...]]) -> list[tuple]:
-    """Each group of classes with the nets' accuracies in it.
+    """The accuracies of the networks in each group of classes that has images.
 
-    Of one net the worst first, of two what differs most first; groups without images are left out.
+    Sorted from the lowest accuracy, or for two networks from the largest difference.
     """
     names, found = evaluations[0].checkpoint.dataset.classes, []
     for name, members in groups.items():
@@ -141,7 +141,7 @@ def by_class(evaluations: list[Evaluation], groups: dict[str, tuple[str, ...]]) 
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, object]:
-    """How many of the same images both nets, one or none have right, and whether it is chance."""
+    """Count the images that both, one or neither of the networks classify correctly, and test."""
     only_a, only_b = (a.right & ~b.right).sum().item(), (b.right & ~a.right).sum().item()
     both, neither = (a.right & b.right).sum().item(), (~a.right & ~b.right).sum().item()
     counts = [("A right", both, only_a), ("A wrong", only_b, neither)]
@@ -155,18 +155,18 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided p of McNemar's exact test: how often a fair coin falls at least as unevenly."""
+    """Two-sided p of McNemar's exact test, a sign test on the images that only one has right."""
     n, fewer = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The divisor of the logits with the lowest cross-entropy (Guo et al., 2017), by bisection."""
+    """The temperature with the lowest cross-entropy (Guo et al., 2017), by bisection."""
     logits, low, high = logits.double(), 0.01, 100.0
     of_labels = logits.gather(1, labels[:, None]).mean()
     for _ in range(40):
         middle = math.sqrt(low * high)
-        # the derivative is zero where the softmax expects the true classes' mean logit
+        # the derivative is zero where the expected logit equals the mean logit of the true classes
         expected = ((logits / middle).softmax(1) * logits).sum(1).mean()
         low, high = (middle, high) if expected > of_labels else (low, middle)
     return middle

@@ -1,6 +1,6 @@
-"""`python -m allconv reproduce`: the published numbers, listed, trained again and compared.
+"""`python -m allconv reproduce`: list the published numbers, or train them again and compare.
 
-They are the claims of configs/claims.yaml, whose header describes the fields.
+They are the claims in configs/claims.yaml; its header describes the fields.
 """
 
 import json
@@ -18,13 +18,13 @@ from allconv.errors import Parser, StoppedError, UsageError, UserError
 Claim = dict[str, object]
 
 CLAIMS = rundir.CONFIGS / "claims.yaml"
-EVALUATED = 0.05  # points: packaged weights differ by rounding alone, a few of 10,000 images
+EVALUATED = 0.05  # points: tolerance of packaged weights, for rounding in a few of 10,000 images
 LEVELS = {"notebook, 200 epochs": 61.46, "paper, 350 epochs": 66.29}  # test accuracies in %
 MARKED = re.compile(r"(<!-- claims: (\S+) -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def claims() -> dict[str, Claim]:
-    """The claims by name, each with its table, its whole flags and what it is called there."""
+    """The claims by name, each with its table and with the flags of its base."""
     found: dict[str, Claim] = {}
     for table, rows in rundir.read_yaml(CLAIMS).items():
         for name, row in rows.items():
@@ -36,7 +36,7 @@ def claims() -> dict[str, Claim]:
 
 
 def choose(name: str, found: dict[str, Claim]) -> dict[str, Claim]:
-    """The claim of that name, or the claims of the tables NAME and NAME-...
+    """The claim of this name, or the claims of the tables NAME and NAME-...
 
     Raises:
         UsageError: there is none.
@@ -58,7 +58,7 @@ def _cost(claim: Claim) -> str:
 
 
 def listed(name: str, found: dict[str, Claim]) -> dict[str, Claim]:
-    """The claims of a table, those of others that are plotted with it included, in its order.
+    """The claims of a table, and those of others that are plotted with it, in order.
 
     Raises:
         UserError: there is none.
@@ -99,26 +99,26 @@ def draw(name: str, found: dict[str, Claim], path: Path) -> None:
 
 
 def _call(name: str, *args: str) -> None:
-    """Run a command of allconv in a process of its own; its output is passed through."""
+    """Run a command of allconv in a process of its own, with its output passed through."""
     print("python -m allconv", shlex.join(args), flush=True)
     child = subprocess.Popen([sys.executable, "-m", "allconv", *args])
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child as well, and ends it
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     code = child.wait()
     if code in (1, 2):
-        sys.exit(code)  # it has said why
+        sys.exit(code)  # it has printed why
     if code:
         code = code if code > 0 else 128 - code
         raise StoppedError(f"{name} is stopped; the same command goes on with it", code)
 
 
 def measure(name: str, claim: Claim, root: Path, data: list[str]) -> float:
-    """The metric in % of the run in `root`: trained, resumed, or only read if it is complete.
+    """Train the run in `root`, resume it, or only read it if it is complete; the metric in %.
 
     Raises:
-        UserError: the run is of other flags.
+        UserError: the run has other flags.
     """
-    from allconv import checkpoints  # imports torch, which the list does without
+    from allconv import checkpoints  # imports torch, which listing does not need
 
     recipe = f"{name}: {claim['flags']}"  # kept in the run's config.yaml
     begun = list(root.glob(f"{rundir.LOGS}/version_*/checkpoints/last.ckpt"))
@@ -142,7 +142,7 @@ def measure(name: str, claim: Claim, root: Path, data: list[str]) -> float:
 
 
 def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -> bool:
-    """Print the value beside the published one; whether it is within the tolerance."""
+    """Print the value beside the published one; return whether it is within the tolerance."""
     right = abs(value - claim["expected"]) <= tolerance
     against = f"{value:.2f} against {claim['expected']:.2f} +- {tolerance:.2f}"
     word = "reproduced" if right else "not reproduced"
@@ -151,7 +151,7 @@ def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -
 
 
 def reproduce(chosen: dict[str, Claim], out: Path, data: list[str]) -> bool:
-    """Measure the claims with the first of their seeds, compare, and draw them if several."""
+    """Measure each claim with its first seed and compare; draw them if there are several."""
     values, right = {}, True
     for name, claim in chosen.items():
         seed = claim["seeds"][0]
@@ -168,7 +168,7 @@ def reproduce(chosen: dict[str, Claim], out: Path, data: list[str]) -> bool:
 
 
 def evaluate(name: str | None, found: dict[str, Claim], data: list[str]) -> bool:
-    """Test the packaged weights and compare them with their claim."""
+    """Test the packaged weights, and compare the result with their claim."""
     own = next(key for key, claim in found.items() if "weights" in claim)
     if name not in (None, own):
         raise UsageError(f"--evaluate tests the packaged weights, which are those of {own}")
@@ -179,7 +179,7 @@ def evaluate(name: str | None, found: dict[str, Claim], data: list[str]) -> bool
 
 
 def main(args: list[str]) -> None:
-    """Run the command; exit code 1 if a number is not reproduced."""
+    """Run the command; exits with 1 if a number is not reproduced."""
     parser = Parser(prog="allconv reproduce", description="List or reproduce published numbers.")
     parser.add_argument("name", nargs="?", help="A claim, or a table: its claims, and a plot.")
     parser.add_argument("--data_dir", help="Folder with the data set, as in fit.")

@@ -1,4 +1,4 @@
-"""`python -m allconv runs`: what was trained with what result, and how far seeds differ."""
+"""`python -m allconv runs`: list runs and results, with mean and deviation over seeds."""
 
 import json
 import re
@@ -16,13 +16,13 @@ from allconv.errors import Parser, UserError, printable
 Row = dict[str, object]
 
 COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when changes problem"
-# columns of the table over seeds
+# columns of the table over seeds: one value for all, and one per seed
 SAME = ("recipe", "data", "width", "epochs", "max_epochs", "changes")
 LISTED = ("number", "seed", "val/acc", "test/acc")
 
 
 def describe(run: Path) -> tuple[Row, dict[str, object]]:
-    """A run's row (None: not known, the run being new or damaged) and its configuration."""
+    """A run's row, with None for what is unknown, and its configuration."""
     config, metrics, best, problems = {}, [], {}, []
     try:
         config = rundir.read_config(run)
@@ -36,7 +36,7 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     problems += [f"{k} is {v}, not a group" for k, v in groups.items() if not isinstance(v, dict)]
     model, data, trainer = (v if isinstance(v, dict) else {} for v in groups.values())
     epoch = best["epoch"] + 1 if best else None
-    # the second is in the name, which a copy keeps
+    # the name holds the time, which a copy of the file would lose
     start = min((int(path.name.split(".")[3]) for path in rundir.event_files(run)), default=None)
     test = evaluation.read(run, "test", "best.ckpt", epoch)
     known = "drawn" if data.get("demo") else "CIFAR-100"
@@ -60,11 +60,11 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
 
 
 def _changes(run: Path, config: dict[str, object]) -> list[str]:
-    """The settings that differ from the run's recipe, or from the default where it is silent."""
+    """The settings that differ from the run's recipe, or else from their defaults."""
     files, recipe, found = {path.stem: path for path in rundir.CONFIGS.glob("*.yaml")}, {}, []
     for name in str(config.get("recipe")).split("+"):
         recipe |= _flat(rundir.read_yaml(files[name])) if name in files else {}
-    try:  # it holds what is not the default
+    try:  # it holds the settings that are not defaults
         chosen = _flat(rundir.read_yaml(run / "hparams.yaml"))
     except rundir.RunError:  # none, or damaged
         chosen = {}
@@ -86,7 +86,7 @@ def _fraction(value: object) -> float | None:
 
 
 def sum_up(runs: list[tuple[Row, dict[str, object]]]) -> list[Row]:
-    """Mean and standard deviation over runs that differ only in their seed, of each the newest."""
+    """Mean and standard deviation over runs that differ only in their seed; the newest of each."""
     groups: dict[str, dict[object, Row]] = defaultdict(dict)
     for row, config in runs:
         config = {k: v for k, v in config.items() if k not in ("seed_everything", "recipe")}
@@ -143,7 +143,7 @@ def main(args: list[str]) -> None:
     if not runs:
         raise UserError(f"no runs in {logs.absolute()}; make one: allconv fit")
     groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
-    # what is unknown first, then text, then numbers
+    # unknown values first, then text, then numbers
     rows.sort(key=lambda row: (row[key] is not None, not isinstance(row[key], str), row[key]))
     if given.json:
         print(json.dumps({"runs": rows, "seeds": groups}, indent=2))
