@@ -140,6 +140,6 @@ def _read(files: list[str]) -> Tensor:
     if bad:
         say(*bad[:LISTED])
         raise DataError(
-            f"{len(bad):,} of {len(files):,} images cannot be read: mend or remove them"
+            f"{len(bad):,} of {len(files):,} images cannot be read: fix or remove them"
         )
     return table.permute(0, 3, 1, 2)

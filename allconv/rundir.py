@@ -124,7 +124,7 @@ def read_rows(run: Path) -> list[dict[str, str]]:
             int(row["step"]), int(row.get("epoch") or 0)
             rows.append({key: value for key, value in row.items() if value != ""})
     except (csv.Error, KeyError, ValueError, OSError):
-        raise RunError(f"{path}: row {len(rows) + 1} is damaged; mend or delete it") from None
+        raise RunError(f"{path}: row {len(rows) + 1} is damaged; fix or delete it") from None
     return rows
 
 

@@ -25,7 +25,7 @@ WARNINGS = (
     "The dirpath has changed",  # evaluating from another folder than the run was started in
     ".*LeafSpec",  # between Lightning and torch
     "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
-    ".*smaller than the logging interval",  # a row an epoch, whatever the interval
+    ".*smaller than the logging interval",  # a row per epoch, whatever the interval
     "You're using the WeightAveraging callback with a model",  # nothing is sharded
     "The '.*_dataloader' does not have many workers",  # none are needed: a batch is one indexing
 )
