@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from allconv import plots
-from allconv.errors import UsageError, UserError
+from allconv.errors import UsageError, UserError, say
 from allconv.loggers import Table
 from allconv.progress import run_directory
 from allconv.rundir import read_metrics, write_whole
@@ -196,6 +196,7 @@ class Predictions(Callback):
             board.add_figure("confusion", confusion, step)
 
 
+LOGGED = {"train/loss", "val/loss", "val/acc", "val/top5", "val/n", "lr"}
 REFUSED = {
     "GradientAccumulationScheduler": "it changes the number of steps, which the learning rate "
     "depends on; use --trainer.accumulate_grad_batches",
@@ -210,7 +211,11 @@ def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
     Raises:
         UsageError: the callback, and why.
     """
-    for name in (type(callback).__name__ for callback in trainer.callbacks):
+    for callback in trainer.callbacks:
+        name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+        if monitor and monitor not in LOGGED and trainer.is_global_zero:  # known after an epoch
+            names = ", ".join(sorted(LOGGED))
+            say(f"{name} monitors {monitor}, which allconv does not log; it logs {names}")
         why = REFUSED.get(name)
         if resumed and name.endswith("Finder"):
             why = "it starts from the first epoch: leave it out of a resumed run"

@@ -155,16 +155,21 @@ def _load_torch(path: Path) -> Checkpoint:
     }
     if not all(isinstance(content.get(key), kind) for key, kind in RESUMABLE.items()):
         return Checkpoint(path, {}, weights)
-    epoch = content["loops"]
-    for key in ("fit_loop", "epoch_progress", "current", "processed"):
-        epoch = _mapping(epoch).get(key)
+    loop = _mapping(content["loops"].get("fit_loop"))
+    # saved by a validation in the last step, before Lightning counts the epoch as processed
+    whole = _mapping(loop.get("epoch_loop.batch_progress")).get("is_last_batch") is True
+    count = _mapping(_mapping(loop.get("epoch_progress")).get("current"))
+    epoch = count.get("ready" if whole else "processed")
     if not isinstance(epoch, int):
         raise CheckpointError(f"{path}: does not say how long it was trained")
     saved = content["hyper_parameters"].items()
     hparams = {str(key): value for key, value in saved if not str(key).startswith("_")}
     data = _data(content.get("datamodule_hyper_parameters"), content.get("CIFAR100"))
     checkpoint = Checkpoint(path, hparams, weights, epoch, content["global_step"], data)
-    checkpoint.resumable = bool(content["optimizer_states"])
+    schedules = content["lr_schedulers"]  # Lightning would go on without, or with any
+    if not all(isinstance(_mapping(state).get("last_epoch"), int) for state in schedules):
+        raise CheckpointError(f"{path}: does not say where its learning rate schedule stands")
+    checkpoint.resumable = bool(content["optimizer_states"] and schedules)
     return checkpoint
 
 

@@ -59,13 +59,14 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer methods that are commands, each with its arguments that are not flags."""
-        table = LightningCLI.subcommands()
-        return {k: table[k] | {"weights_only", "verbose"} for k in ("fit", "validate", "test")}
+        table, own = LightningCLI.subcommands(), {"ckpt_path", "weights_only", "verbose"}
+        return {k: table[k] | own for k in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --init and --recipe; to every command, since all of them read a run's config.yaml."""
+        """Add our own flags; to every command, since all of them read a run's config.yaml."""
         for name, text in (
-            ("init", "Weights to start from (fit only)."),
+            ("ckpt_path", "best, last (of the newest run), pretrained, a file or a run directory."),
+            ("init", "Weights to start from (fit only); as ckpt_path."),
             ("recipe", "What `runs` calls the run (default: the names of the --config files)."),
         ):
             parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
@@ -101,7 +102,7 @@ class CLI(LightningCLI):
         """Make the model, the data and the trainer; what they refuse is a usage error."""
         try:
             super().instantiate_classes()
-        except FLAG_ERRORS as error:
+        except (*FLAG_ERRORS, RuntimeError) as error:  # of SLURM, the last
             raise UsageError(error) from None
         found, data = self.model.net.num_classes, self.datamodule.dataset
         if found != (n := len(data.classes)):
@@ -130,7 +131,7 @@ class CLI(LightningCLI):
                 added += [callbacks.Curves(), callbacks.Predictions()]
             if self.run_wanted and given.enable_checkpointing is not False:
                 added += callbacks.checkpoints()
-            if given.logger is False and not _any(own, Checkpoint):
+            if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):
                 kwargs["enable_checkpointing"] = False  # Lightning would write into the folder
             self.loggers = _several(given.logger)
             kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
@@ -176,8 +177,7 @@ class CLI(LightningCLI):
         net, path, weights = self.model.net, initial.path, initial.weights
         width, there = initial.hparams["width"], initial.hparams["num_classes"]
         if width != net.width:
-            what = f"model.width {width}, but it is {net.width} here"
-            raise checkpoints.CheckpointError(f"{path}: made with {what}")
+            raise checkpoints.CheckpointError(f"{path}: made with width {width}, not {net.width}")
         if there != net.num_classes:
             weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
             counts = f"{there} classes there, {net.num_classes} here"
@@ -185,7 +185,7 @@ class CLI(LightningCLI):
                 print(f"from {path}: all weights but the last layer's ({counts})", flush=True)
         net.load_state_dict(weights)
 
-    def fit(self, ckpt_path=None, **kwargs) -> None:
+    def fit(self, **kwargs) -> None:
         """Train, or go on training exactly where the checkpoint stands."""
         self._run(ckpt_path=self.checkpoint and self.checkpoint.path, **kwargs)
 
@@ -201,8 +201,8 @@ class CLI(LightningCLI):
             for rank, child in enumerate(getattr(self.trainer.strategy.launcher, "procs", []), 1):
                 if child.poll():  # the others only see that it is gone
                     raise UserError(f"rank {rank} ended with code {child.returncode}") from None
-            # Lightning looks for the metric of EarlyStopping when the first epoch has ended
-            late = started and "conditioned on metric" not in str(error)
+            words = "conditioned on metric", "find the monitored key"  # said after an epoch
+            late = started and not any(part in str(error) for part in words)
             output = isinstance(error, OSError) and error.errno in OUTPUT_ERRORS
             if late or output or isinstance(error, UserError):
                 raise
@@ -222,7 +222,7 @@ class CLI(LightningCLI):
                 raise StoppedError(message, 143 if stop.code == 143 else 130) from None
             raise
 
-    def test(self, ckpt_path=None, **kwargs) -> None:
+    def test(self, **kwargs) -> None:
         """Evaluate the checkpoint, print the results and write them beside its run."""
         self.model.net.load_state_dict(self.checkpoint.weights)
         self._run(verbose=False, **kwargs)

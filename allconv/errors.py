@@ -128,8 +128,9 @@ class OneLineErrors:
         """Print the line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         line, words, meant = " ".join(message.split()), [], {}
+        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
         if re.search("nrecognized|not accept", line):
-            words = re.findall(r"--[\w.]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
+            words = re.findall(r"--[\w.-]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
             meant = {key: key for a in parser._actions for key in (a.dest, *a.option_strings)}
             words = [word for word in words if word not in meant]
             meant |= {name: f"--config {name}" for name in self.recipes}
@@ -140,7 +141,6 @@ class OneLineErrors:
             r"(.*?)Does not validate .* Errors: - Expected a (.*) Given value type: .*: (.*)", line
         ):
             kinds = union[2].replace("typing.", "").split(" - Expected a ")
-            kinds = [re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", kind) for kind in kinds]
             line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
         near = [match for word in words for match in _near(word, meant)]
         end(2, f"{line}; did you mean {meant[near[0]]}?" if near else line)
@@ -150,8 +150,11 @@ def _near(word: str, names: Iterable[str]) -> list[str]:
     """Names that begin or end with the word, as --model.lr with --lr, else the most similar."""
     names = sorted(names, key=lambda name: (len(name), name))
     begin = [name for name in names if name.startswith(word)]
-    end = [name for name in names if name.startswith("-") and name.endswith(word.lstrip("-"))]
-    return begin or end or difflib.get_close_matches(word, names, 1)
+    # without the group: it may be another one's, and makes no key alike
+    keys = {name: name.rpartition(".")[2].lstrip("-") for name in (word, *names)}
+    end = [name for name in names if name.startswith("-") and name.endswith(keys[word])]
+    near = difflib.get_close_matches(keys[word], keys.values(), len(keys), 0.75)
+    return begin or end or difflib.get_close_matches(word, [n for n in names if keys[n] in near], 1)
 
 
 class Parser(OneLineErrors, ArgumentParser):

@@ -1,11 +1,13 @@
 """What one sees of a training: its head, an estimate, a line per epoch, a bar at a terminal."""
 
+import math
 import os
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn
@@ -54,15 +56,22 @@ class Progress(Callback):
         """Say what will run, and on what."""
         self.start, self.first = time.monotonic(), trainer.current_epoch
         self.timed = self.done = 0  # batches since `start`, and of the whole session
+        self.end = trainer.max_epochs if trainer.max_epochs >= 0 else "?"  # -1: no end
         run, data = run_directory(trainer), trainer.datamodule
-        if self.first and run and (best := best_row(run)):
+        if run and (best := best_row(run)):
             self.best = 100 * best["val/acc"]
         parameters = sum(p.numel() for p in pl_module.net.parameters())
-        count = {split: f"{len(data.sets[split]):,}" for split in ("train", "val")}
+        count, sizes = {}, (data.hparams.batch_size, data.eval_batch_size)
+        # not known yet where the first epoch is not validated
+        validated = (sum(trainer.num_val_batches) or math.inf) if trainer.limit_val_batches else 0
+        batches = (trainer.num_training_batches, validated)
+        for split, n, size in zip(("train", "val"), batches, sizes, strict=True):
+            whole, used = len(data.sets[split]), n * size * trainer.world_size
+            count[split] = f"{used:,} of {whole:,}" if used < whole else f"{whole:,}"
         self._print(
             f"AllCNN, {parameters:,} parameters, on {data.dataset.title}: "
             f"{count['train']} training and {count['val']} validation images\n"
-            f"epochs {self.first + 1} to {trainer.max_epochs}, batches of "
+            f"epochs {self.first + 1} to {self.end}, batches of "
             f"{data.hparams.batch_size}, {trainer.world_size} x "
             f"{trainer.strategy.root_device.type} ({trainer.precision}), "
             f"seed {os.environ.get('PL_GLOBAL_SEED')}\nrun directory: {run or 'none'}"
@@ -83,14 +92,13 @@ class Progress(Callback):
         batches, done = trainer.num_training_batches, batch_idx + 1
         images = len(batch[1]) * trainer.world_size / self._seconds()
         if self.done == min(20, batches) and not self.bar:
-            epochs, left = trainer.max_epochs - self.first, self._left(trainer)
-            self._print(f"about {left} for {epochs} epochs at {images:,.0f} images/s\n{HEAD}")
+            self._print(f"about {self._left(trainer)} left, {images:,.0f} images/s\n{HEAD}")
         if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # each look waits for the device
             self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
             epoch, run = (batches - done) * self._seconds(), self._left(trainer)
             self.bar.update(
                 self.task,
-                description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+                description=f"epoch {trainer.current_epoch + 1}/{self.end}",
                 completed=done,
                 total=batches,
                 text=f"loss {sum(self.losses) / len(self.losses):.2f}{self.validated} "
@@ -106,11 +114,13 @@ class Progress(Callback):
 
     def _left(self, trainer: Trainer) -> str:
         """Time left of the run."""
-        left = (trainer.max_epochs - self.first) * trainer.num_training_batches - self.done
+        epochs = math.inf if self.end == "?" else self.end - self.first
+        left = epochs * trainer.num_training_batches - self.done
         if trainer.max_steps >= 0:
             steps = trainer.max_steps - trainer.global_step
             left = min(left, steps * trainer.accumulate_grad_batches)
-        return _duration(left * self._seconds())
+        timers = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+        return _duration(min([left * self._seconds(), *(t for t in timers if t is not None)]))
 
     @rank_zero_only
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,15 +129,21 @@ class Progress(Callback):
             self.bar.update(self.task, text=f"validating{self.validated}", refresh=True)
 
     @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best accuracy; an epoch may be validated more than once."""
+        if not trainer.sanity_checking:
+            self.best = max(self.best, 100 * trainer.callback_metrics["val/acc"].item())
+
+    @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A line for the epoch."""
-        if not trainer.is_last_batch:
-            return
         metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
+        # resumed from a validation in the last step, an epoch has no steps left
+        if not trainer.is_last_batch or "train/loss" not in metrics:
+            return
         columns = f"{'-':>8}  {'-':>11}  {'-':>8}"
         if "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0:
             loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
-            self.best = max(self.best, acc)
             columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
             self.validated = f" val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
         self._print(
@@ -175,7 +191,7 @@ class Progress(Callback):
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(seconds))))
+    return "?" if seconds == math.inf else str(timedelta(seconds=max(0, round(seconds))))
 
 
 def _short(duration: str) -> str:

@@ -131,6 +131,12 @@ def read_rows(run: Path) -> list[dict[str, str]]:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """A run's metrics, one dict per epoch, without cells that are not numbers."""
     epochs: dict[float, dict[str, float]] = {}
+    for row in _measured(run):
+        epochs.setdefault(row["epoch"], {}).update(row)
+    return list(epochs.values())
+
+
+def _measured(run: Path) -> Iterator[dict[str, float]]:
     for row in read_rows(run):
         numbers = {}
         for key, value in row.items():
@@ -138,13 +144,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
                 numbers[key] = int(value) if key in ("epoch", "step") else float(value)
         # callbacks of the user may log rows of their own, without an epoch or within one
         if "epoch" in numbers and not numbers.keys().isdisjoint({"train/loss", "val/acc"}):
-            epochs.setdefault(numbers["epoch"], {}).update(numbers)
-    return list(epochs.values())
+            yield numbers
 
 
 def best_row(run: Path) -> dict[str, float] | None:
-    """The row of the epoch with the highest val/acc; None if no epoch was validated."""
-    rows = [row for row in read_metrics(run) if "val/acc" in row]
+    """The row of the validation with the highest val/acc, as best.ckpt; None without validation."""
+    rows = [row for row in _measured(run) if "val/acc" in row]
     return max(rows, key=lambda row: row["val/acc"], default=None)
 
 

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
 from allconv.checkpoints import Checkpoint, CheckpointError
 from allconv.errors import OneLineErrors, UsageError, UserError, say
 from allconv.rundir import CONFIGS, RunError, flat, read_yaml
+from allconv.task import Classifier
 
 RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
 REMOVED = {"muon_momentum"}  # settings of earlier versions
@@ -44,9 +45,9 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Point to the settings that other LightningCLI projects have under other names."""
-        if re.search(r"--(optimizer|lr_scheduler)\b", message):
+        if re.search(r"--(model\.)?(optimizer|lr_scheduler|learning_rate)\b", message):
             message = (
-                "--optimizer and --lr_scheduler are settings of the model here: --model.lr, "
+                "optimizer and schedule are settings of the model here: --model.lr, "
                 "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
             )
         elif "arguments are required" in message:  # by a class that a value names
@@ -93,6 +94,9 @@ def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
     Args:
         checkpoint: the checkpoint.
         named: the user's own arguments; classes named neither there nor in TRUSTED are left out.
+
+    Raises:
+        CheckpointError: its hyperparameters are not those of a task.
     """
     settings = read_yaml(checkpoint.run / "config.yaml") if checkpoint.run else {}
     settings = _trusted(settings, named)
@@ -103,7 +107,14 @@ def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
-    model = {k: v for k, v in {**model, **checkpoint.hparams}.items() if k not in REMOVED}
+    told = {k: v for k, v in checkpoint.hparams.items() if k not in REMOVED}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Classifier, "model")
+    try:  # here, where an error is the file's and not of a flag
+        parser.instantiate(parser.parse_object({"model": told}))
+    except (argparse.ArgumentError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    model = {k: v for k, v in model.items() if k not in REMOVED} | told
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
@@ -136,9 +147,9 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
             f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
             "trainer.max_epochs or trainer.max_time"
         )
-    for key in sorted(DIVISORS):
+    for key in sorted({"max_epochs", "max_steps", *DIVISORS}):
         value = config.trainer[key]
-        if isinstance(value, int | float) and value <= 0:
+        if value == 0 or (key in DIVISORS and isinstance(value, int | float) and value < 0):
             raise UsageError(f"trainer.{key} is {value}: it must be above 0")
     devices, cores = str(config.trainer.devices), os.cpu_count() or 1
     if devices.isdigit() and int(devices) > 8 * cores:  # one process each

@@ -140,6 +140,17 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_misspelt_metric_is_told_before_the_first_step(name, own_folder, capfd):
+    """A warning: a callback of the user's may log it."""
+    with pytest.raises(SystemExit) as end:
+        main([*FIT, *flags(name, monitor="val_loss")])
+    assert end.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-2].startswith(f"allconv: {name} monitors val_loss, which allconv does not log")
+    assert "val_loss" in lines[-1]
+
+
 @pytest.mark.parametrize(("name", "more", "words"), REFUSED, ids=[name for name, *_ in REFUSED])
 def test_one_line_says_why_a_callback_cannot_work(name, more, words, own_folder, capfd):
     with pytest.raises(SystemExit) as end:

@@ -53,6 +53,7 @@ def test_help_lists_every_key(command, capsys):
                 "--data.data_dir", "--data.batch_size", "--data.val_size", "--data.split_seed",
                 "--data.demo", "--trainer.max_epochs"):  # fmt: skip
         assert key in text
+    assert '"hpc"' not in text  # what Lightning's --ckpt_path takes, and ours does not
 
 
 def printed_config(capsys, *args):
@@ -130,10 +131,60 @@ def test_print_config_shows_what_will_be_used(run, capsys):
     assert config["trainer"]["max_epochs"] == 3
 
 
-def test_fast_dev_run_leaves_nothing(own_folder, capfd):
-    main([*TINY, "--trainer.fast_dev_run", "1"])
-    assert "None" not in capfd.readouterr().out
+# what is switched off, whether there is a run directory, what is not printed, what is not left
+OFF = {
+    "fast_dev_run true": (False, "None", "data?*"),
+    "barebones true": (False, "epoch", "data?*"),
+    "enable_checkpointing false": (True, "--ckpt_path", "**/*.ckpt"),
+    "enable_model_summary false": (True, "net.conv9", "none"),
+    "logger false": (False, "None", "**/*.ckpt"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # barebones
+@pytest.mark.parametrize("flag", OFF)
+def test_what_is_switched_off_is_off(flag, own_folder, capfd, caplog):
+    main([*TINY, "--trainer.max_epochs", "1", *f"--trainer.{flag}".split()])
+    said = "".join(capfd.readouterr()) + caplog.text
+    recorded, word, left = OFF[flag]
+    assert Path("lightning_logs").exists() == recorded
+    assert word not in said
+    assert not list(Path().glob(left))
+    assert ("net.conv9" in said) == (flag not in ("barebones true", "enable_model_summary false"))
+
+
+def test_without_a_logger_checkpoints_are_lightnings(own_folder):
+    main([*TINY, *"--trainer.logger false --trainer.enable_checkpointing true".split()])
+    assert [path.suffix for path in Path("checkpoints").iterdir()] == [".ckpt"]
     assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ("--trainer.limit_val_batches 1", "576 of 3,200 training and 500 of 800 validation"),
+        ("--trainer.fast_dev_run 1", "64 of 3,200 training and 500 of 800 validation"),
+        ("--trainer.limit_val_batches 0", "576 of 3,200 training and 0 of 800 validation"),
+        ("--trainer.check_val_every_n_epoch 2", "576 of 3,200 training and 800 validation"),
+    ],
+)
+def test_the_head_counts_what_is_used(flags, counts, own_folder, capfd):
+    main([*TINY, "--trainer.max_epochs", "2", *flags.split()])
+    assert f": {counts} images" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "end", "left"),
+    [
+        ("--trainer.max_epochs -1 --trainer.max_steps 11", "?", "0:00"),
+        ("--trainer.max_epochs 999999 --trainer.max_time 00:00:00:01", "999999", "0:00:0"),
+    ],
+)
+def test_the_estimate_ends_with_the_run(flags, end, left, own_folder, capfd):
+    main([*TINY, *flags.split()])
+    said = capfd.readouterr().out
+    assert f"epochs 1 to {end}, " in said
+    assert f"\nabout {left}" in said
 
 
 def test_evaluation_takes_the_runs_configuration(own_folder, capfd):
@@ -192,14 +243,22 @@ BAD_USAGE = {
     "--modle.width 3": "did you mean --model.width?",
     "--model.with=3": "did you mean --model.width?",
     "--trainer.max_epoch 3": "did you mean --trainer.max_epochs?",
+    "--trainer.gpus 1": "--trainer.gpus 1",  # of Lightning 1: nothing is like it
     "--batch_size 3": "did you mean --data.batch_size?",
     "--lr 1": "did you mean --model.lr?",
     "--epochs 3": "did you mean --trainer.max_epochs?",
     "--seed 3": "did you mean --seed_everything?",
     "--optimizer Adam": "settings of the model here: --model.lr",
+    "--model.learning_rate 1": "settings of the model here: --model.lr",
+    "--trainer.lr 1": "did you mean --model.lr?",
+    "--model.batch_size 1": "did you mean --data.batch_size?",
+    "--model.label-smoothing 1": "did you mean --model.label_smoothing?",
+    "--no-model.residuals": "did you mean --model.residuals?",
+    "--trainer.max_epochs 0": "max_epochs is 0: it must be above 0",
+    "--trainer.max_steps 0": "max_steps is 0: it must be above 0",
     "--trainer.max_epochs abc": "Expected int or NoneType. Got value: abc",
     "--trainer.callbacks+=EarlyStopping": "required: monitor (a class's own come after it",
-    "--model.width abc": "model.width",
+    "--model.width abc": "Expected a int. Got value: abc",
     "--model.width 1.5": "model.width",
     "--model.width 0": "width is 0: it must be",
     "--model.width -4": "width is -4",
@@ -249,6 +308,7 @@ BAD_USAGE = {
 def test_bad_usage_is_one_line_and_2(args, own_folder, refused):
     line = refused(*SHORT, *args.split(), code=2)
     assert BAD_USAGE[args] in line
+    assert "did you mean" in BAD_USAGE[args] or "did you mean" not in line
     assert "object at 0x" not in line  # our insides
     assert not RUN.exists()
 
@@ -324,9 +384,13 @@ def hostile(content, name):
         content["hyper_parameters"] |= {"residuals": [1]}
     elif name == "no optimizer":
         content["optimizer_states"] = []
+    elif "schedule" in name:
+        states = {"no schedule": [], "empty schedule": [{}], "a schedule": [3]}
+        content["lr_schedulers"] = states[name]
 
 
 NAMES = ["expanded", "sparse", "complex", "no epoch", "other types", "no optimizer", "bomb"]
+NAMES += ["no schedule", "empty schedule", "a schedule"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -339,6 +403,18 @@ def test_hostile_checkpoints_are_refused(name, run):
             archive.writestr("hostile/bomb", bytes(10**7))
     with pytest.raises(checkpoints.CheckpointError, match=r"hostile\.ckpt"):
         checkpoints.load(Path("hostile.ckpt"), resume=True)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": "fast"}, {"lr": -1.0}, {"warmup": "x"}, {"color": 3}])
+@pytest.mark.parametrize("command", ["test", "fit"])
+def test_wrong_hyperparameters_are_the_checkpoints(command, wrong, run, refused):
+    """And no fault of the flags."""
+    content = torch.load(LAST, weights_only=True)
+    content["hyper_parameters"] |= wrong
+    torch.save(content, "wrong.ckpt")
+    line = refused(command, "--ckpt_path", "wrong.ckpt", "--data.demo", "true", code=1)
+    assert line.startswith("allconv: wrong.ckpt: ")
+    assert next(iter(wrong)) in line
 
 
 def test_sizes_are_those_of_the_weights_and_not_what_a_checkpoint_claims(run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from statistics import mean, median, stdev
 
 import pytest
 import yaml
-from conftest import REPO, TINY, process
+from conftest import REPO, RUN, TINY, process
 
 from allconv.__main__ import main
 from allconv.rundir import best_row
@@ -46,10 +47,24 @@ def test_a_run_is_listed_with_its_figures(run, capsys):
     assert row["best_epoch"] == best["epoch"] + 1
     assert row["test/acc"] == tested["test/acc"]
     kept = ("number", "recipe", "data", "width", "epochs", "max_epochs", "seed")
-    assert [row[key] for key in kept] == [0, None, "drawn", 4, 3, 3, 43]
+    assert [row[key] for key in kept] == [0, None, "demo", 4, 3, 3, 43]
     assert row["when"] < tested["date"]
     main(["test", "--ckpt_path", "last"])  # test.json is no longer of the best checkpoint
     assert listed(capsys)["runs"][0]["test/acc"] is None
+
+
+@pytest.mark.parametrize("validated", ["val_check_interval 4", "check_val_every_n_epoch 2"])
+def test_the_best_validation_is_the_best_checkpoints(validated, own_folder, capsys):
+    """Also within an epoch, or in every second one."""
+    main([*TINY, *f"--trainer.{validated} --trainer.max_epochs 4 --model.lr 0.3".split()])
+    shown = re.findall(r"\n    \d .* ", capsys.readouterr().out)[-1].split()[4]
+    for command in ("validate", "test"):
+        main([command])
+    found, tested = (json.loads((RUN / f"{c}.json").read_text()) for c in ("validate", "test"))
+    (row,) = listed(capsys)["runs"]
+    assert row["val/acc"] == pytest.approx(found["val/acc"])
+    assert float(shown) == pytest.approx(100 * found["val/acc"], abs=0.01)
+    assert row["test/acc"] == tested["test/acc"]
 
 
 def test_a_run_is_called_by_its_config_files_also_when_resumed(own_folder, capsys):

@@ -36,6 +36,12 @@ def test_a_bad_rank_is_named(own_folder, refused, monkeypatch):
     assert "LOCAL_RANK is abc" in refused("runs", code=2)
 
 
+def test_slurms_tasks_without_nodes_are_one_line(own_folder, refused, monkeypatch):
+    for key, value in {"NTASKS": "2", "JOB_NAME": "train", "JOB_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert "--ntasks-per-node=2" in refused(*FIT.split(), "--trainer.devices", "1", code=2)
+
+
 def test_without_docstrings_and_with_an_unknown_plot_backend(run):
     settings = {**os.environ, "MPLBACKEND": "foo"}
     for args in (["runs"], ["test"]):

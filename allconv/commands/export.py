@@ -92,7 +92,7 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
     """The net and its normalization, for any number of images; compared in ONNX Runtime."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if missing:
-        raise UserError(f'.onnx needs {", ".join(missing)}: pip install ".[export]"')
+        raise UserError(f".onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
     import onnxruntime
     import torch
 

@@ -38,8 +38,10 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     epoch = best["epoch"] + 1 if best else None
     # the name holds the time, which a copy of the file would lose
     start = min((int(path.name.split(".")[3]) for path in rundir.event_files(run)), default=None)
-    test = evaluation.read(run, "test", "best.ckpt", epoch)
-    known = "drawn" if data.get("demo") else "CIFAR-100"
+    # whole epochs: validated within one, best.ckpt has one less
+    whole = epoch - ("train/loss" not in best) if best else None
+    test = evaluation.read(run, "test", "best.ckpt", whole)
+    known = "demo" if data.get("demo") else "CIFAR-100"
     row = {
         "number": run.name if rundir.number(run) < 0 else rundir.number(run),
         "recipe": config.get("recipe"),
