@@ -139,7 +139,5 @@ def _read(files: list[str]) -> Tensor:
             bad.append(f"{file}: {error}")
     if bad:
         say(*bad[:LISTED])
-        raise DataError(
-            f"{len(bad):,} of {len(files):,} images cannot be read: fix or remove them"
-        )
+        raise DataError(f"{len(bad):,} of {len(files):,} images cannot be read: fix or remove them")
     return table.permute(0, 3, 1, 2)
