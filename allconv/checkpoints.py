@@ -1,6 +1,6 @@
-"""Lightning's checkpoints, exported files, bare weights: found, checked; nothing is executed.
+"""Find and read checkpoints: Lightning's, exported files, bare weights; no code is executed.
 
-What is missing, damaged or of another network is a CheckpointError.
+A file that is missing, damaged or of another network is a CheckpointError.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from allconv.model import AllCNN
 from allconv.rundir import LOGS, read_config, read_metrics, runs
 
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
-# what Lightning needs to resume, beside the weights
+# what Lightning needs to resume besides the weights
 RESUMABLE = {
     **dict.fromkeys(("hyper_parameters", "loops", "callbacks"), dict),
     **dict.fromkeys(("epoch", "global_step"), int),
@@ -28,7 +28,7 @@ RESUMABLE = {
 }
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 ARGUMENTS = {name: p.default for name, p in inspect.signature(AllCNN).parameters.items()}
-# of the data module's arguments and state, those that tell on what a network was trained
+# arguments and state of the data module that tell on what a network was trained
 DATA = {
     **{"data_dir": str, "demo": bool, "folder": str, "classes": list, "digest": str},
     **{"val_size": int, "split_seed": int, "batch_size": int},
@@ -41,17 +41,17 @@ class CheckpointError(UserError):
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was read and checked.
+    """A valid checkpoint.
 
     Attributes:
         path: the file.
-        hparams: arguments of the task; of a bare state dict, those of the network that it tells.
+        hparams: arguments of the task; of a bare state dict, the network's as far as it tells them.
         weights: the network's state dict.
         epoch: whole epochs trained; None if the file does not say.
         step: optimizer steps taken.
-        data: arguments of the data module that it was trained with, if known; and its `state_dict`.
-        metadata: of an exported file, what it says of itself (see `allconv.commands.export`).
-        resumable: whether training can go on from it.
+        data: arguments and `state_dict` of its data module, as far as they are known.
+        metadata: the metadata of an exported file (see `allconv.commands.export`).
+        resumable: whether training can be resumed from it.
     """
 
     path: Path
@@ -65,22 +65,22 @@ class Checkpoint:
 
     @property
     def run(self) -> Path | None:
-        """The run directory it lies in, if it lies in one."""
-        # the parents of a short relative path have no names
+        """The run directory that holds it, if any."""
+        # a short relative path has no parents with names
         path = self.path if len(self.path.parts) > 2 else self.path.absolute()
         folder = path.parent.parent
         return folder if (folder / "config.yaml").is_file() else None
 
     @property
     def folder(self) -> Path:
-        """Where evaluations of it are written: its run directory, or the folder it lies in."""
+        """Where its evaluations are written: its run directory, or the folder that holds it."""
         if self.path == PRETRAINED:  # nothing is written into an installed package
             return Path(LOGS, "pretrained")
         return self.run or self.path.parent
 
     @property
     def config(self) -> dict[str, object]:
-        """The configuration it was trained with, without this machine's folders; {} if unknown."""
+        """The configuration it was trained with, without a machine's paths; {} if unknown."""
         return read_config(self.run) if self.run else self.metadata.get("recipe", {})
 
     @property
@@ -90,20 +90,20 @@ class Checkpoint:
         return datasets.choose(**{key: self.data[key] for key in keys})
 
     def net(self) -> AllCNN:
-        """The network, on the CPU in eval mode, channels last."""
-        with torch.device("meta"):  # the initialization would only be overwritten
+        """The network in eval mode, on the CPU, channels last."""
+        with torch.device("meta"):  # the weights are overwritten anyway
             net = AllCNN(**{name: self.hparams[name] for name in ARGUMENTS})
         net.load_state_dict(self.weights, assign=True)
         return net.to(memory_format=torch.channels_last).eval()
 
 
 def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
-    """The file that `--ckpt_path` means.
+    """The file that a value of `--ckpt_path` refers to.
 
     Args:
         name: "best" or "last" (of the newest run), "pretrained", a file, or a run directory.
         logs: folder of the runs.
-        key: the argument, for the message.
+        key: the argument's name, for the error.
     """
     name = str(name)
     if name not in ("best", "last"):
@@ -119,7 +119,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
             return path
-        # an older run is not meant
+        # do not fall back to an older run
         if (last := path.with_name("last.ckpt")).is_file() and read_metrics(run):
             raise CheckpointError(f"{key} is {name}: {run} was not validated; name {last}")
     raise CheckpointError(
@@ -133,7 +133,7 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
 
     Args:
         path: the file.
-        resume: whether training is to go on from it; else it has to be of a trained network.
+        resume: whether training will resume from it; if not, the network has to be trained.
     """
     checkpoint = _load_exported(path) if path.suffix == ".safetensors" else _load_torch(path)
     _check(checkpoint)
@@ -174,16 +174,16 @@ def _load_torch(path: Path) -> Checkpoint:
 
 
 def _read_archive(path: Path) -> dict:
-    """The dict that torch.save wrote, of tensors and plain Python values only; {} if no dict."""
+    """A dict of tensors and plain Python values that torch.save wrote; {} for anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch stores and does not compress: what unpacks to more is no checkpoint
+            # torch does not compress: if the content is larger than the file, it is no checkpoint
             if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
                 raise ValueError("compressed")
             if damaged := archive.testzip():  # torch.load checks no checksum
                 raise ValueError(f"{damaged} is damaged")
         return _mapping(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged or hostile pickle can raise anything
+    except Exception as error:  # a damaged or malicious pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
 
@@ -214,7 +214,7 @@ def _data(*parts: object) -> dict[str, object]:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Complete the network's arguments from the weights, and check that they make a network."""
+    """Complete the network's arguments from the weights, and check that they fit together."""
     path, weights, hparams = checkpoint.path, checkpoint.weights, checkpoint.hparams
     first, last = (weights.get(f"conv{i}.0.weight", torch.empty(0)) for i in (1, 9))
     if first.ndim != 4 or last.ndim != 4:

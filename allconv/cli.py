@@ -1,4 +1,4 @@
-"""LightningCLI for fit, validate and test: the one place where the parts meet."""
+"""LightningCLI for fit, validate and test: where all parts meet."""
 
 import contextlib
 import inspect
@@ -21,23 +21,23 @@ from allconv.loggers import SaveConfig, loggers
 from allconv.progress import Progress, run_directory
 from allconv.task import Classifier
 
-# what Lightning and our own classes raise of settings that cannot work
+# what Lightning and our own classes raise for invalid settings
 FLAG_ERRORS = (ValueError, TypeError, MisconfigurationException, ImportError)
 
 
 class CLI(LightningCLI):
-    """fit, validate and test, each with its run directory and checkpoint found.
+    """fit, validate and test, with their run directories and checkpoints.
 
-    `--ckpt_path` is resolved here (Lightning would test random weights without one), and the
-    configuration of the checkpoint's run is put in front of the arguments: they win over it.
+    `--ckpt_path` is resolved here, since Lightning would test random weights without one. The
+    configuration of the checkpoint's run comes before the arguments, which override it.
     """
 
     checkpoint: checkpoints.Checkpoint | None = None
-    run_wanted = False  # whether the command writes into a run directory
+    run_wanted = False  # whether the command has a run directory
     created: Path | None = None  # the one it made
 
     def __init__(self, args: list[str] | None, held: contextlib.ExitStack):
-        self.held = held  # of the run directory, until the command ends
+        self.held = held  # holds the lock of the run directory until the command ends
         super().__init__(
             Classifier,
             CIFAR100,
@@ -50,7 +50,7 @@ class CLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": 100,
                 "num_sanity_val_steps": 0,
-                # the samplers of allconv.data divide the images without padding
+                # allconv.data has its own samplers, which do not pad
                 "use_distributed_sampler": False,
             },
             auto_configure_optimizers=False,
@@ -58,7 +58,7 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer methods that are commands, each with its arguments that are not flags."""
+        """The Trainer methods that are commands, each with the arguments that are not flags."""
         table, own = LightningCLI.subcommands(), {"ckpt_path", "weights_only", "verbose"}
         return {k: table[k] | own for k in ("fit", "validate", "test")}
 
@@ -72,7 +72,7 @@ class CLI(LightningCLI):
             parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Find the checkpoint, put its run's configuration in front, and parse."""
+        """Find the checkpoint, put its run's configuration first, and parse."""
         command, *rest = sys.argv[1:] if args is None else args
         if {"-h", "--help"} & set(rest):
             parser.parse_args([command, "--help"])
@@ -94,12 +94,12 @@ class CLI(LightningCLI):
         if config.data.folder is not None and not told:
             config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
-        config.ckpt_path = None  # of this call, not of the run
-        if config.seed_everything is True:  # random, written down, and the same in all processes
+        config.ckpt_path = None  # it belongs to this call, not to the run
+        if config.seed_everything is True:  # random, recorded, and the same in all processes
             config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
 
     def instantiate_classes(self) -> None:
-        """Make the model, the data and the trainer; what they refuse is a usage error."""
+        """Instantiate model, data and trainer; what they raise is a usage error."""
         try:
             super().instantiate_classes()
         except (*FLAG_ERRORS, RuntimeError) as error:  # of SLURM, the last
@@ -112,7 +112,7 @@ class CLI(LightningCLI):
             raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.title}")
 
     def instantiate_trainer(self, **kwargs):
-        """Add what belongs to the command; without a terminal, lines instead of a bar."""
+        """Add the command's callbacks and loggers, with a progress bar only at a terminal."""
         given, fit = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
         own = _several(given.callbacks)
         own_bar = _any(own, ProgressBar)
@@ -132,19 +132,19 @@ class CLI(LightningCLI):
             if self.run_wanted and given.enable_checkpointing is not False:
                 added += callbacks.checkpoints()
             if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):
-                kwargs["enable_checkpointing"] = False  # Lightning would write into the folder
+                kwargs["enable_checkpointing"] = False  # Lightning would save in the folder
             self.loggers = _several(given.logger)
             kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
             kwargs["plugins"] = [*_several(given.plugins), callbacks.WholeCheckpointIO()]
         if not self.run_wanted:
             self.save_config_callback = None
-        if given.max_time:  # by itself it would stop, validate and save inside an epoch
+        if given.max_time:  # by default it stops, validates and saves within an epoch
             added.append(Timer(given.max_time, interval="epoch"))
             kwargs["max_time"] = None
         return super().instantiate_trainer(callbacks=[*own, *added], **kwargs)
 
     def before_fit(self) -> None:
-        """Read the data, then make or find the run directory: no failure leaves an empty one."""
+        """Read the data, then create or find the run directory, so that no failure leaves an empty one."""
         config, trainer, run, step = self.config.fit, self.trainer, None, 0
         done = self.checkpoint and self.checkpoint.epoch
         if config.init is not None:
@@ -153,7 +153,7 @@ class CLI(LightningCLI):
         callbacks.check(trainer, self.model, resumed=bool(self.checkpoint))
         if done and 0 <= trainer.max_epochs <= done:
             raise UsageError(f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
-        if trainer.world_size > 1:  # Lightning's handler waits for the other processes
+        if trainer.world_size > 1:  # Lightning's handler would wait for the other processes
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self.run_wanted:
             return
@@ -173,7 +173,7 @@ class CLI(LightningCLI):
         trainer.loggers = [*loggers(run or Path(rundir.LOGS, "version_0"), step), *self.loggers]
 
     def _begin_with(self, initial: checkpoints.Checkpoint) -> None:
-        """Start from the weights of --init; with other classes, all but the last layer's."""
+        """Load the weights of --init; if the classes differ, all but the last layer's."""
         net, path, weights = self.model.net, initial.path, initial.weights
         width, there = initial.hparams["width"], initial.hparams["num_classes"]
         if width != net.width:
@@ -186,11 +186,11 @@ class CLI(LightningCLI):
         net.load_state_dict(weights)
 
     def fit(self, **kwargs) -> None:
-        """Train, or go on training exactly where the checkpoint stands."""
+        """Train, or resume training exactly from the checkpoint."""
         self._run(ckpt_path=self.checkpoint and self.checkpoint.path, **kwargs)
 
     def _run(self, **kwargs) -> None:
-        """Run the trainer; Lightning exits with 1 after Ctrl-C and 0 after SIGTERM."""
+        """Run the trainer and set the exit code, which Lightning does not do for signals."""
         try:
             with runtime.stops():
                 getattr(self.trainer, self.subcommand)(**kwargs)
@@ -199,16 +199,16 @@ class CLI(LightningCLI):
             if self.created and not started:
                 shutil.rmtree(self.created)
             for rank, child in enumerate(getattr(self.trainer.strategy.launcher, "procs", []), 1):
-                if child.poll():  # the others only see that it is gone
+                if child.poll():  # the other processes only report that it is gone
                     raise UserError(f"rank {rank} ended with code {child.returncode}") from None
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
             output = isinstance(error, OSError) and error.errno in OUTPUT_ERRORS
             if late or output or isinstance(error, UserError):
                 raise
-            # settings that cannot work, or a checkpoint that cannot be used
+            # invalid settings, or an unusable checkpoint
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            # empty: a method that is left to a subclass
+            # the text is empty if a method is not implemented
             message = f"{kind}{str(error) or 'raised by ' + inspect.trace()[-1].function}"
             if self.checkpoint and not isinstance(error, FLAG_ERRORS):
                 raise checkpoints.CheckpointError(f"{self.checkpoint.path}: {message}") from None
@@ -238,7 +238,7 @@ def _any(values: list, kind: type) -> bool:
 
 
 def _several(value: object) -> list:
-    """One value or a list of them as a list; None and booleans are none."""
+    """A value or a list of values as a list, without None and booleans."""
     values = value if isinstance(value, list) else [value]
     return [v for v in values if not isinstance(v, bool | None)]
 

@@ -1,4 +1,4 @@
-"""What one sees of a training: its head, an estimate, a line per epoch, a bar at a terminal."""
+"""Progress of a training: what is trained, an estimate, a line per epoch, a bar at a terminal."""
 
 import math
 import os
@@ -19,14 +19,14 @@ HEAD = "epoch  train loss  val loss  val acc (%)  best (%)        lr  time left"
 
 
 def run_directory(trainer: Trainer) -> Path | None:
-    """The run directory; unlike trainer.log_dir no collective, so one process may ask alone."""
+    """The run directory; unlike trainer.log_dir, this is no collective operation."""
     logger = trainer.loggers[0] if trainer.loggers else None
     folder = getattr(logger, "log_dir", None)
     return Path(folder) if folder else None
 
 
 class Progress(Callback):
-    """Shows what is trained, how it goes, how long it takes, and where the results are.
+    """Shows what is trained, the progress, the time left, and where the results are.
 
     Args:
         bar: whether there is a terminal for a bar.
@@ -45,7 +45,7 @@ class Progress(Callback):
 
     def _print(self, text: str) -> None:
         if self.bar:
-            # a command that rich broke into two lines would be copied as two
+            # a command must stay one line to be copied
             whole = "python -m" in text
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=whole)
         else:
@@ -53,7 +53,7 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what will run, and on what."""
+        """Print what is trained, and on what."""
         self.start, self.first = time.monotonic(), trainer.current_epoch
         self.timed = self.done = 0  # batches since `start`, and of the whole session
         self.end = trainer.max_epochs if trainer.max_epochs >= 0 else "?"  # -1: no end
@@ -93,7 +93,9 @@ class Progress(Callback):
         images = len(batch[1]) * trainer.world_size / self._seconds()
         if self.done == min(20, batches) and not self.bar:
             self._print(f"about {self._left(trainer)} left, {images:,.0f} images/s\n{HEAD}")
-        if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # each look waits for the device
+        if self.bar and (
+            done % 10 == 0 or trainer.is_last_batch
+        ):  # reading it waits for the device
             self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
             epoch, run = (batches - done) * self._seconds(), self._left(trainer)
             self.bar.update(
@@ -109,7 +111,7 @@ class Progress(Callback):
             self.start, self.timed = time.monotonic(), 0
 
     def _seconds(self) -> float:
-        """Time that a batch took on average, with its share of the validations so far."""
+        """Mean time per batch, validations included."""
         return (time.monotonic() - self.start) / max(1, self.timed)
 
     def _left(self, trainer: Trainer) -> str:
@@ -124,7 +126,7 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say why the bar stands still."""
+        """Show that a validation is running."""
         if self.bar and not trainer.sanity_checking:
             self.bar.update(self.task, text=f"validating{self.validated}", refresh=True)
 
@@ -136,7 +138,7 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A line for the epoch."""
+        """Print a line for the epoch."""
         metrics, done = trainer.callback_metrics, trainer.current_epoch + 1
         # resumed from a validation in the last step, an epoch has no steps left
         if not trainer.is_last_batch or "train/loss" not in metrics:
@@ -153,7 +155,7 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how it went, where everything is, and what to type next."""
+        """Print the best result, where the files are, and the next command."""
         if self.bar:
             self.bar.stop()
         run = run_directory(trainer)
@@ -185,7 +187,7 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
         if self.bar:
             self.bar.stop()
 

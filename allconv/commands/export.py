@@ -1,7 +1,7 @@
-"""`python -m allconv export --out FILE`: a trained net as a file for others.
+"""`python -m allconv export --out FILE`: a trained network as .onnx or .safetensors.
 
-Both kinds say in their metadata, under "allconv" as a JSON object, what they are: see `describe`.
-The package's own `pretrained.safetensors` is made by this command.
+Both have metadata, a JSON object under "allconv", see `describe`. The package's own
+`pretrained.safetensors` was written by this command.
 """
 
 import copy
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # between ONNX Runtime's logits and torch's, as a share of the
 
 
 def export(out: str, ckpt_path: str = "best") -> None:
-    """Write a trained net as a file for others.
+    """Write a trained network as .onnx or .safetensors, with its metadata.
 
     Args:
         out: file to write; its ending decides: .onnx (images in, logits out, for ONNX Runtime) or
@@ -48,9 +48,9 @@ def export(out: str, ckpt_path: str = "best") -> None:
 
 
 def describe(checkpoint: "Checkpoint") -> dict[str, object]:
-    """What a net's file says of it: its arguments, classes, recipe, data settings and results.
+    """The metadata: arguments, classes, recipe, data settings, and results.
 
-    Results are those that `validate` and `test` last wrote for this very checkpoint.
+    The results are those that `validate` and `test` last wrote for this checkpoint.
     """
     from allconv.cifar100 import MEAN, STD
     from allconv.model import AllCNN
@@ -79,7 +79,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
 
 
 def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
-    """The net's state dict in float32; the same bytes for the same net and metadata."""
+    """The state dict in float32; equal bytes for equal weights and metadata."""
     import safetensors.torch
 
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
@@ -89,7 +89,7 @@ def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str
 
 
 def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
-    """The net and its normalization, for any number of images; compared in ONNX Runtime."""
+    """The network with its normalization, for any number of images; checked in ONNX Runtime."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if missing:
         raise UserError(f".onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
