@@ -93,9 +93,7 @@ class Progress(Callback):
         images = len(batch[1]) * trainer.world_size / self._seconds()
         if self.done == min(20, batches) and not self.bar:
             self._print(f"about {self._left(trainer)} left, {images:,.0f} images/s\n{HEAD}")
-        if self.bar and (
-            done % 10 == 0 or trainer.is_last_batch
-        ):  # reading it waits for the device
+        if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # waits for the device
             self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
             epoch, run = (batches - done) * self._seconds(), self._left(trainer)
             self.bar.update(
