@@ -144,7 +144,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(callbacks=[*own, *added], **kwargs)
 
     def before_fit(self) -> None:
-        """Read the data before creating the run directory, so that a failure leaves no empty one."""
+        """Read the data before creating the run directory, so a failure leaves no empty one."""
         config, trainer, run, step = self.config.fit, self.trainer, None, 0
         done = self.checkpoint and self.checkpoint.epoch
         if config.init is not None:
