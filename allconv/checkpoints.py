@@ -113,7 +113,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         if path.is_file():
             return path
         raise CheckpointError(
-            f"{key} is {name or 'empty'}: no such file; or best, last, pretrained"
+            f"{key} is {path if name else 'empty'}: no such file; or best, last, pretrained"
         )
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"
