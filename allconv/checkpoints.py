@@ -5,6 +5,7 @@ A file that is missing, damaged or of another network is a CheckpointError.
 
 import inspect
 import json
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         logs: folder of the runs.
         key: the argument's name, for the error.
     """
-    name = str(name)
+    name = os.path.expanduser(str(name))
     if name not in ("best", "last"):
         path = PRETRAINED if name == "pretrained" else Path(name)
         if name and path.is_dir():
