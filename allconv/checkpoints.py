@@ -5,6 +5,7 @@ A file that is missing, damaged or of another network is a CheckpointError.
 
 import inspect
 import json
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         logs: folder of the runs.
         key: the argument's name, for the error.
     """
-    name = str(name)
+    name = os.path.expanduser(str(name))
     if name not in ("best", "last"):
         path = PRETRAINED if name == "pretrained" else Path(name)
         if name and path.is_dir():
@@ -113,7 +114,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         if path.is_file():
             return path
         raise CheckpointError(
-            f"{key} is {name or 'empty'}: no such file; or best, last, pretrained"
+            f"{key} is {path if name else 'empty'}: no such file; or best, last, pretrained"
         )
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"

@@ -77,7 +77,8 @@ class CLI(LightningCLI):
         if {"-h", "--help"} & set(rest):
             parser.parse_args([command, "--help"])
         named, files, rest = settings.early(rest)
-        self.logs = Path(named.get("trainer.default_root_dir") or ".") / rundir.LOGS
+        root = str(named.get("trainer.default_root_dir") or ".")
+        self.logs = Path(os.path.expanduser(root), rundir.LOGS)
         name = named.get("ckpt_path")
         name = "best" if name is None and command != "fit" else name
         if name is not None:
@@ -203,8 +204,7 @@ class CLI(LightningCLI):
                     raise UserError(f"rank {rank} ended with code {child.returncode}") from None
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
-            output = isinstance(error, OSError) and error.errno in OUTPUT_ERRORS
-            if late or output or isinstance(error, UserError):
+            if late or isinstance(error, UserError) or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             # invalid settings, or an unusable checkpoint
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

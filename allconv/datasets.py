@@ -4,6 +4,7 @@ Each has a `title`, its `classes` in label order, its `superclasses`, and the me
 `load` and `digest`; see `allconv.cifar100.Official`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,5 +24,6 @@ def choose(
     `classes` are a folder's class names where they are known, for example from a checkpoint.
     """
     if folder is not None:
-        return ImageFolder.at(folder, classes)
-    return Demo(Path(data_dir)) if demo else Official(Path(data_dir))
+        return ImageFolder.at(os.path.expanduser(folder), classes)
+    path = Path(os.path.expanduser(data_dir))  # in a YAML file, no shell does
+    return Demo(path) if demo else Official(path)

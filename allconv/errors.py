@@ -128,7 +128,7 @@ class OneLineErrors:
         """Print the line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         line, words, meant = " ".join(message.split()), [], {}
-        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", line)
         if re.search("nrecognized|not accept", line):
             words = re.findall(r"--[\w.-]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
             meant = {key: key for a in parser._actions for key in (a.dest, *a.option_strings)}
@@ -140,7 +140,7 @@ class OneLineErrors:
         elif union := re.match(
             r"(.*?)Does not validate .* Errors: - Expected a (.*) Given value type: .*: (.*)", line
         ):
-            kinds = union[2].replace("typing.", "").split(" - Expected a ")
+            kinds = union[2].split(" - Expected a ")
             line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
         near = [match for word in words for match in _near(word, meant)]
         end(2, f"{line}; did you mean {meant[near[0]]}?" if near else line)

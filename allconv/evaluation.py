@@ -6,6 +6,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from allconv.errors import UserError
 from allconv.rundir import write_text
 
 
@@ -19,6 +20,9 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         metrics: the split's metrics.
     """
     split = "test" if command == "test" else "val"
+    if f"{split}/n" not in metrics:
+        limit = f"trainer.limit_{split}_batches is 0"
+        raise UserError(f"nothing was measured: {limit}, or trainer.barebones is true")
     title, n = data.dataset.title, int(metrics[f"{split}/n"])
     result = {
         **{name: round(value, 7) for name, value in metrics.items()},
@@ -35,8 +39,9 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
     write_text(path, json.dumps(result, indent=2) + "\n")
     epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch},"
     print(f"{checkpoint.path}{epoch} on {title}, {n:,} images:")
-    for name in ("acc", "top5", "loss"):
-        print(f"  {split}/{name:5} {metrics[f'{split}/{name}']:.4f}")
+    for name in ("acc", "top5", "loss", "acc_flip"):
+        if (value := metrics.get(f"{split}/{name}")) is not None:
+            print(f"  {split}/{name:5} {value:.4f}")
     if result["remark"]:
         print(f"  note: {result['remark']}")
     print(f"written: {path}, {command}.png, {command}_confusion.png")

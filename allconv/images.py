@@ -33,7 +33,8 @@ def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
         ImageError: the file is missing, damaged, of another format or above 89 million pixels.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # a pipe would block
-        raise ImageError("not a regular file" if os.path.exists(file) else "no such file")
+        kind = "a folder without images" if os.path.isdir(file) else "not a regular file"
+        raise ImageError(kind if os.path.exists(file) else "no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on small faults

@@ -130,9 +130,11 @@ class Progress(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best accuracy; an epoch may be validated more than once."""
+        """Keep the result for the bar, and the best; an epoch may be validated more than once."""
         if not trainer.sanity_checking:
-            self.best = max(self.best, 100 * trainer.callback_metrics["val/acc"].item())
+            loss, acc = (trainer.callback_metrics[f"val/{name}"].item() for name in ("loss", "acc"))
+            self.best = max(self.best, 100 * acc)
+            self.validated = f" val {loss:.2f} {100 * acc:.1f}% best {self.best:.1f}%"
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +147,6 @@ class Progress(Callback):
         if "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0:
             loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
             columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
-            self.validated = f" val {loss:.2f} {acc:.1f}% best {self.best:.1f}%"
         self._print(
             f"{done:5d}  {metrics['train/loss']:10.4f}  {columns}  {metrics['lr']:8.4g}  "
             f"{self._left(trainer):>9}"

@@ -225,6 +225,17 @@ def test_without_a_run_nothing_is_evaluated(own_folder, refused):
     assert "no run with a last.ckpt" in refused("fit", "--ckpt_path", "last", code=1)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # barebones
+def test_an_evaluation_of_nothing_is_refused(run, refused, capfd):
+    before = (run / "test.json").read_text()
+    line = refused("test", "--trainer.limit_test_batches", "0", code=1)
+    assert "nothing was measured: trainer.limit_test_batches is 0" in line
+    with pytest.raises(SystemExit):
+        main(["test", "--trainer.barebones", "true"])
+    assert "trainer.barebones" in capfd.readouterr().err.splitlines()[-1]
+    assert (run / "test.json").read_text() == before
+
+
 def test_an_empty_name_is_no_checkpoint(run, refused):
     """A script's variable that was never set must not start another run."""
     for command in ("fit", "test"):

@@ -169,13 +169,13 @@ def test_training_logs_what_validate_finds(run):
         assert written(run, "validate")[name] == pytest.approx(best[name], abs=1e-6)
 
 
-def test_flip_averaging_is_reported_apart(run):
+def test_flip_averaging_is_reported_apart(run, capsys):
     plain = written(run, "test")  # of the fixture
     assert "test/acc_flip" not in plain
     main(["test", "--model.flip_test", "true"])
     both = written(run, "test")
     assert both["test/acc"] == plain["test/acc"]
-    assert 0 <= both["test/acc_flip"] <= 1
+    assert f"test/acc_flip {both['test/acc_flip']:.4f}" in capsys.readouterr().out
 
 
 def test_the_notebooks_own_checkpoint_is_tested(own_folder):

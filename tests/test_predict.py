@@ -158,7 +158,7 @@ def test_unreadable_files_are_listed_and_the_rest_done(run, photo, capsys):
         ("pics/41.png", "exceeds limit"),
         ("pics/50.tif", "floating-point"),
         ("pipe.png", "not a"),
-        ("empty", "not a"),
+        ("empty", "a folder without images"),
         ("missing.png", "no such file"),
         ("", "no such file"),
     ):

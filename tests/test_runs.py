@@ -67,6 +67,12 @@ def test_the_best_validation_is_the_best_checkpoints(validated, own_folder, caps
     assert row["test/acc"] == tested["test/acc"]
 
 
+def test_a_run_goes_on_from_a_validation_in_an_epochs_last_step(own_folder, capsys):
+    main([*TINY, *"--trainer.check_val_every_n_epoch 2 --trainer.max_epochs 2".split()])
+    main(["fit", "--ckpt_path", str(RUN / "checkpoints/best.ckpt"), "--trainer.max_epochs", "3"])
+    assert listed(capsys)["runs"][0]["epochs"] == 3
+
+
 def test_a_run_is_called_by_its_config_files_also_when_resumed(own_folder, capsys):
     files = [f"--config={REPO}/configs/{name}.yaml" for name in ("demo", "residual")]
     few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]

@@ -36,6 +36,18 @@ def test_a_bad_rank_is_named(own_folder, refused, monkeypatch):
     assert "LOCAL_RANK is abc" in refused("runs", code=2)
 
 
+def test_a_tilde_is_the_home_folder(own_folder, monkeypatch):
+    """Also where no shell replaces it: after `=`, and in a file."""
+    monkeypatch.setenv("HOME", str(own_folder / "home"))
+    Path("places.yaml").write_text("data: {data_dir: ~/d}\ntrainer: {default_root_dir: ~/r}\n")
+    main([*FIT.split(), "--config", "places.yaml", "--trainer.max_epochs", "1"])
+    main(["test", "--ckpt_path=~/r/lightning_logs/version_0"])
+    assert {path.name for path in Path("home").iterdir()} == {"d", "r"}
+    assert Path("home/r", RUN, "test.json").is_file()
+    assert not Path("~").exists()
+    assert not Path("lightning_logs").exists()
+
+
 def test_slurms_tasks_without_nodes_are_one_line(own_folder, refused, monkeypatch):
     for key, value in {"NTASKS": "2", "JOB_NAME": "train", "JOB_ID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{key}", value)

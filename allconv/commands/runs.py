@@ -120,7 +120,7 @@ def _cell(row: Row, key: str) -> str:
     if isinstance(value, list):
         value = " ".join(map(str, value))
     if key == "epochs":
-        value = f"{value}/{row['max_epochs']}"
+        value = f"{value}/{row['max_epochs']}".removesuffix("/-1")
     return f"{value:.4f}" if isinstance(value, float) else printable(value)
 
 
