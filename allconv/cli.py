@@ -199,9 +199,9 @@ class CLI(LightningCLI):
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
-            for rank, child in enumerate(getattr(self.trainer.strategy.launcher, "procs", []), 1):
-                if child.poll():  # the other processes only report that it is gone
-                    raise UserError(f"rank {rank} ended with code {child.returncode}") from None
+            processes = getattr(self.trainer.strategy.launcher, "procs", [])
+            if failed := runtime.first_failure(processes):  # the others only report that it is gone
+                raise UserError("rank {} ended with code {}".format(*failed)) from None
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
             if late or isinstance(error, UserError) or getattr(error, "errno", 0) in OUTPUT_ERRORS:

@@ -7,8 +7,10 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from subprocess import Popen
 
 # messages of Lightning that repeat what `Progress` says, or advertise
 NOISE = re.compile(
@@ -58,6 +60,20 @@ def stops() -> Iterator[None]:
             if isinstance(below, SystemExit | KeyboardInterrupt):
                 raise below from None
         raise
+
+
+def first_failure(processes: Sequence[Popen], seconds: float = 3) -> tuple[int, int] | None:
+    """Rank and exit code of a process that failed; it may take a moment to exit.
+
+    `processes` are those that rank 0 started, from rank 1 on.
+    """
+    end = time.monotonic() + seconds
+    while processes and time.monotonic() < end:
+        for rank, process in enumerate(processes, 1):
+            if process.poll():
+                return rank, process.returncode
+        time.sleep(0.05)
+    return None
 
 
 def keep_memory() -> None:

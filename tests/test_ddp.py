@@ -92,6 +92,30 @@ def test_a_process_that_fails_ends_the_run_with_its_own_error(own_folder):
     assert "data/cifar-100-demo/train.bin: expected a multiple of 3,074 bytes, found 3" in said
 
 
+LEAVE = """
+import os, time
+import torch
+from lightning.pytorch import Callback
+
+class Leave(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == 1:
+            torch.distributed.destroy_process_group()
+            time.sleep(1)
+            os._exit(3)
+"""
+
+
+def test_a_process_that_takes_a_moment_to_exit_is_named(own_folder):
+    """The first process sees the closed connection before the second one has ended."""
+    Path("leave.py").write_text(LEAVE)
+    path = os.pathsep.join([str(own_folder), *sys.path])
+    flag = "--trainer.callbacks+=leave.Leave"
+    said = finish(*TINY, *TWO, flag, expected=1, env={**os.environ, "PYTHONPATH": path})
+    assert said.splitlines()[-1] == "allconv: rank 1 ended with code 3"
+    assert "Traceback" not in said
+
+
 RECORD_LABELS = """
 from pathlib import Path
 import torch
