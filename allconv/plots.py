@@ -88,7 +88,7 @@ def growth(
     axes.errorbar(x, accuracy, deviation, fmt="o-", color=BLUE, capsize=3)
     for name, level in levels.items():
         axes.axhline(level, color=GREY, ls="--", lw=1)
-        axes.annotate(f"{name}: {level} %", (max(x), level), ha="right", va="bottom", fontsize=8)
+        axes.annotate(f"{name}: {level} %", (max(x), level), ha="right", va="top", fontsize=8)
     axes.set(xscale="log", xlabel=label, ylabel="test accuracy (%)")
     axes.set_xticks(x, map("{:g}".format, x))
     axes.minorticks_off()
