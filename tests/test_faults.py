@@ -42,11 +42,12 @@ FITS = {
     "one": ["fit", "--config", "fast", *SMALL],
     "two": ["fit", "--config", "strong", *SMALL, *TWO],
 }
-# the command's exit code, by whom the signal hit; two processes leave SIGTERM to the system
+# the command's exit code, by whom the signal hit; two processes leave SIGTERM to the system, and
+# Lightning kills the first with a line of its own if it sees that the second is gone before we do
 ENDS = {
-    signal.SIGKILL: {"first": [-9], "all": [-9], "second": [1]},
-    signal.SIGTERM: {"first": [143, -15], "all": [143, -15], "second": [1]},
-    signal.SIGINT: {"first": [130], "all": [130], "second": [1]},
+    signal.SIGKILL: {"first": [-9], "all": [-9], "second": [1, -9]},
+    signal.SIGTERM: {"first": [143, -15], "all": [143, -15], "second": [1, -9]},
+    signal.SIGINT: {"first": [130], "all": [130], "second": [1, -9]},
 }
 LONGER = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]
 
