@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -227,6 +227,12 @@ def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
             raise UsageError(f"{name}: {why}")
         if name == "ModelPruning":  # torch's pruning cannot flatten channels-last weights
             task.net.to(memory_format=torch.contiguous_format)
+
+
+def plugins(given: list) -> list:
+    """The given plugins, and WholeCheckpointIO unless they write checkpoints themselves."""
+    own = any(isinstance(plugin, CheckpointIO) for plugin in given)
+    return given if own else [*given, WholeCheckpointIO()]
 
 
 def checkpoints() -> list[ModelCheckpoint]:

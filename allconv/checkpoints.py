@@ -120,9 +120,10 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
             return path
-        # do not fall back to an older run
-        if (last := path.with_name("last.ckpt")).is_file() and read_metrics(run):
-            raise CheckpointError(f"{key} is {name}: {run} was not validated; name {last}")
+        if read_metrics(run):  # do not fall back to an older run
+            last = path.with_name("last.ckpt")
+            hint = f"name {last}" if last.is_file() else "name another run"
+            raise CheckpointError(f"{key} is {name}: {run}, the newest, has none; {hint}")
     raise CheckpointError(
         f"{key} is {name}: no run with a {name}.ckpt in {logs.absolute()}; "
         "train one (python -m allconv fit) or name a file instead"

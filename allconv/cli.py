@@ -136,7 +136,7 @@ class CLI(LightningCLI):
                 kwargs["enable_checkpointing"] = False  # Lightning would save in the folder
             self.loggers = _several(given.logger)
             kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
-            kwargs["plugins"] = [*_several(given.plugins), callbacks.WholeCheckpointIO()]
+            kwargs["plugins"] = callbacks.plugins(_several(given.plugins))
         if not self.run_wanted:
             self.save_config_callback = None
         if given.max_time:  # by default it stops, validates and saves within an epoch
@@ -201,7 +201,7 @@ class CLI(LightningCLI):
                 shutil.rmtree(self.created)
             processes = getattr(self.trainer.strategy.launcher, "procs", [])
             if failed := runtime.first_failure(processes):  # the others only report that it is gone
-                raise UserError("rank {} ended with code {}".format(*failed)) from None
+                raise UserError(failed) from None
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
             if late or isinstance(error, UserError) or getattr(error, "errno", 0) in OUTPUT_ERRORS:

@@ -62,8 +62,8 @@ def stops() -> Iterator[None]:
         raise
 
 
-def first_failure(processes: Sequence[Popen], seconds: float = 3) -> tuple[int, int] | None:
-    """Rank and exit code of a process that failed; it may take a moment to exit.
+def first_failure(processes: Sequence[Popen], seconds: float = 3) -> str | None:
+    """Which process failed, if any did; it may take a moment to exit.
 
     `processes` are those that rank 0 started, from rank 1 on.
     """
@@ -71,7 +71,7 @@ def first_failure(processes: Sequence[Popen], seconds: float = 3) -> tuple[int, 
     while processes and time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if process.poll():
-                return rank, process.returncode
+                return f"rank {rank} ended with code {process.returncode}"
         time.sleep(0.05)
     return None
 

@@ -199,3 +199,14 @@ def test_a_run_with_a_callback_is_resumed_exactly(name, own_folder, monkeypatch,
     if name.endswith("Finder"):  # it would start again from the first epoch
         again = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", ADD + name]
         assert "leave it out" in refused(*again, code=2)
+
+
+def test_checkpoints_may_be_written_by_a_plugin(own_folder):
+    main([*FIT, "--trainer.plugins+=lightning.pytorch.plugins.io.TorchCheckpointIO"])
+    main(["test"])
+    assert LAST.is_file()
+
+
+def test_an_older_run_is_not_tested_for_one_without_checkpoints(run, refused):
+    main([*FIT, "--trainer.enable_checkpointing", "false"])
+    assert "version_1, the newest, has none; name another run" in refused("test", code=1)
