@@ -31,12 +31,13 @@ def load(name: str = "pretrained"):
         `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, classes), with
         `classes`, the class names in the order of the logits, and `preprocess`, which turns an
         image file, a Pillow image, an array or a tensor into the network's input, see
-        `allconv.images.preprocess`.
+        `allconv.datasets.images.preprocess`.
 
     Raises:
         allconv.checkpoints.CheckpointError: the checkpoint is missing or damaged.
     """
-    from allconv import checkpoints, images
+    from allconv import checkpoints
+    from allconv.datasets import images
 
     checkpoint = checkpoints.load(checkpoints.find(name, key="name"))
     net = checkpoint.net()

@@ -65,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown backend is an error
     with errors.command():
         if args[0] in ("fit", "validate", "test"):
-            import_module("allconv.cli").main(args)
+            import_module("allconv.training.cli").main(args)
         else:  # what needs no Trainer
             import_module(f"allconv.commands.{args[0]}").main(args[1:])
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms.v2 import CutMix
 
 from allconv import augment, datasets
-from allconv.cifar100 import MEAN, STD, DataError, Images
+from allconv.datasets.cifar100 import MEAN, STD, DataError, Images
 from allconv.errors import check_ranges
 
 

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from allconv import distill
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.errors import check_ranges
 from allconv.model import AllCNN, biases_before_norm, dirac_, whiten_
 from allconv.optim import MuonSGD, parameter_groups, triangle

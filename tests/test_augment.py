@@ -6,7 +6,7 @@ from torchvision.transforms.functional import normalize as tv_normalize
 from torchvision.transforms.functional import to_tensor
 
 from allconv.augment import alternating_flip, crop, normalize, resize
-from allconv.cifar100 import MEAN, STD
+from allconv.datasets.cifar100 import MEAN, STD
 
 
 def test_normalizes_as_torchvision_does():

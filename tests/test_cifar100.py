@@ -13,8 +13,8 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from allconv import cifar100, demo
 from allconv.data import CIFAR100
+from allconv.datasets import cifar100, demo
 
 # of the small set: 4,000 and 1,000 images
 FIT = (

@@ -15,7 +15,7 @@ from conftest import LAST, REPO, RUN, TINY
 from allconv import checkpoints
 from allconv.__main__ import COMMANDS, main
 from allconv.model import AllCNN
-from allconv.settings import RECIPES
+from allconv.training.settings import RECIPES
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["tset"]])

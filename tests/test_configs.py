@@ -8,7 +8,7 @@ import yaml
 from conftest import REPO
 
 from allconv.__main__ import COMMANDS, main
-from allconv.settings import RECIPES
+from allconv.training.settings import RECIPES
 
 CONFIGS = sorted(RECIPES)
 # what a recipe for other machines is run with here

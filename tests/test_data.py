@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import REPO
 
-from allconv import cifar100, demo
 from allconv.__main__ import main
 from allconv.data import CIFAR100
+from allconv.datasets import cifar100, demo
 
 RECORD = 2 + 3 * 32 * 32
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from allconv import distill
 from allconv.__main__ import main
 from allconv.augment import normalize, resize
-from allconv.cifar100 import MEAN, STD
 from allconv.data import CIFAR100
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.task import Classifier
 
 

@@ -14,8 +14,8 @@ import yaml
 from conftest import HANGS, RUN, TINY, finish, process, rows
 
 from allconv.__main__ import main
-from allconv.cifar100 import RECORD
-from allconv.demo import Demo
+from allconv.datasets.cifar100 import RECORD
+from allconv.datasets.demo import Demo
 from allconv.model import AllCNN
 
 ONE = [*TINY, "--model.width", "2", "--trainer.max_epochs", "1", "--trainer.limit_train_batches"]

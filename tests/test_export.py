@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from allconv.__main__ import main
 from allconv.checkpoints import PRETRAINED
-from allconv.cifar100 import MEAN, STD
 from allconv.commands import export
-from allconv.demo import CLASSES, FOLDER
+from allconv.datasets.cifar100 import MEAN, STD
+from allconv.datasets.demo import CLASSES, FOLDER
 
 
 def metadata_of(path):

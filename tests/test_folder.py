@@ -12,11 +12,12 @@ from conftest import LAST, RUN
 from PIL import Image
 from safetensors.torch import load_file
 
-from allconv import checkpoints, images, load
+from allconv import checkpoints, load
 from allconv.__main__ import main
-from allconv.cifar100 import Images
 from allconv.data import CIFAR100
-from allconv.folder import ImageFolder
+from allconv.datasets import images
+from allconv.datasets.cifar100 import Images
+from allconv.datasets.folder import ImageFolder
 from allconv.model import AllCNN
 
 FOLDERS = {"small": True, "at_once": True}  # how a folder is split

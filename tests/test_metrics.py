@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from allconv.__main__ import main
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
 from allconv.data import CIFAR100
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.model import AllCNN
 
 RUN = Path("lightning_logs/version_0")

@@ -17,10 +17,11 @@ from conftest import REPO
 from PIL import Image
 
 import allconv
-from allconv import checkpoints, cifar100, demo, images
+from allconv import checkpoints
 from allconv.__main__ import main
 from allconv.augment import normalize
 from allconv.commands.predict import LOW, SHEET
+from allconv.datasets import cifar100, demo, images
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from allconv import checkpoints
 from allconv.__main__ import main
-from allconv.cifar100 import CLASSES, MEAN, STD
+from allconv.datasets.cifar100 import CLASSES, MEAN, STD
 
 METADATA = checkpoints.load(checkpoints.PRETRAINED).metadata
 

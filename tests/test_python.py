@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import allconv
 from allconv import CIFAR100, AllCNN, Classifier, load
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
+from allconv.datasets.cifar100 import MEAN, STD
 
 # the command line turns these off for itself; under a plain Trainer they are Lightning's to say
 pytestmark = [

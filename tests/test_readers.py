@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from allconv import checkpoints, images, rundir
+from allconv import checkpoints, rundir
 from allconv.__main__ import main
-from allconv.cifar100 import DataError
-from allconv.demo import Demo
+from allconv.datasets import images
+from allconv.datasets.cifar100 import DataError
+from allconv.datasets.demo import Demo
 
 EXAMPLES = os.environ.get("ALLCONV_EXAMPLES")
 few = settings(

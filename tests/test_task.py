@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from allconv import task as task_module
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
 from allconv.data import CIFAR100
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.model import AllCNN, biases_before_norm, whiten_
 from allconv.task import Classifier
 

@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from allconv import cli, errors
+from allconv import errors
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
 from allconv.data import CIFAR100
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.model import AllCNN
 from allconv.optim import parameter_groups
 from allconv.task import Classifier
+from allconv.training import cli
 
 IMPORTED = time.time()
 GPU = torch.cuda.is_available()

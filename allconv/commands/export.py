@@ -52,7 +52,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
 
     The results are those that `validate` and `test` last wrote for this checkpoint.
     """
-    from allconv.cifar100 import MEAN, STD
+    from allconv.datasets.cifar100 import MEAN, STD
     from allconv.model import AllCNN
 
     data, of = checkpoint.data, (checkpoint.path.name, checkpoint.epoch)
@@ -97,7 +97,7 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
     import torch
 
     from allconv.augment import normalize
-    from allconv.cifar100 import MEAN, STD
+    from allconv.datasets.cifar100 import MEAN, STD
 
     class FromBytes(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, 32, 32) uint8

@@ -55,7 +55,7 @@ def predict(
 
 def _files(names: list[str]) -> list[str]:
     """The names, with each folder replaced by the images under it, without hidden ones."""
-    from allconv.images import SUFFIXES
+    from allconv.datasets.images import SUFFIXES
 
     files = []
     for name in names:
@@ -85,7 +85,7 @@ def _read(files: list[str]) -> tuple[list[str], list, list]:
     from rich.console import Console
     from rich.progress import track
 
-    from allconv import images
+    from allconv.datasets import images
 
     names, shown, seen, frames, quiet = [], [], [], 0, not sys.stderr.isatty()
     for name in track(files, "", console=Console(stderr=True), disable=quiet, transient=True):
@@ -113,7 +113,7 @@ def _answers(checkpoint, names: list[str], seen: list, top: int) -> tuple[list[d
     import torch
 
     from allconv.augment import normalize
-    from allconv.cifar100 import MEAN, STD
+    from allconv.datasets.cifar100 import MEAN, STD
 
     # contiguous: with channels-last weights, a few images take ten times as long
     net = checkpoint.net().to(memory_format=torch.contiguous_format)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from allconv import runtime
 from allconv.augment import normalize
 from allconv.checkpoints import Checkpoint
-from allconv.cifar100 import MEAN, STD, Images
+from allconv.datasets.cifar100 import MEAN, STD, Images
 from allconv.errors import UserError
 from allconv.model import AllCNN
+from allconv.training import runtime
 
 BATCH = 500  # images; takes the least CPU time, of 50 to 500
 Z = 1.959964  # standard errors on each side of a 95 % interval

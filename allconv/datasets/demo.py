@@ -6,7 +6,7 @@ with sums, products and comparisons only, so that it is the same on every machin
 
 import numpy as np
 
-from allconv.cifar100 import DataError, Official, read_binary
+from allconv.datasets.cifar100 import DataError, Official, read_binary
 from allconv.rundir import write_whole
 
 FOLDER = "cifar-100-demo"

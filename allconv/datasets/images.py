@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from allconv.augment import normalize
-from allconv.cifar100 import MEAN, STD
+from allconv.datasets.cifar100 import MEAN, STD
 from allconv.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")

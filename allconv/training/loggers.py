@@ -10,8 +10,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from allconv.progress import run_directory
 from allconv.rundir import best_row, read_rows, write_text
+from allconv.training.progress import run_directory
 
 
 def loggers(run: Path, step: int) -> list[Logger]:

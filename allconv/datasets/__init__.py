@@ -1,16 +1,16 @@
 """Chooses the data set: CIFAR-100, the demo set, or a folder of your own images.
 
 Each has a `title`, its `classes` in label order, its `superclasses`, and the methods `prepare`,
-`load` and `digest`; see `allconv.cifar100.Official`.
+`load` and `digest`; see `allconv.datasets.cifar100.Official`.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from allconv.cifar100 import Official
-from allconv.demo import Demo
-from allconv.folder import ImageFolder
+from allconv.datasets.cifar100 import Official
+from allconv.datasets.demo import Demo
+from allconv.datasets.folder import ImageFolder
 
 
 def choose(

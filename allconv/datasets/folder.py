@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from allconv import images
-from allconv.cifar100 import DataError, Images
+from allconv.datasets import images
+from allconv.datasets.cifar100 import DataError, Images
 from allconv.errors import printable, say
 
 LISTED = 10  # unreadable images that an error names

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, T
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from allconv import callbacks, checkpoints, datasets, evaluation, rundir, runtime, settings
+from allconv import checkpoints, datasets, evaluation, rundir
 from allconv.data import CIFAR100
 from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError
-from allconv.loggers import SaveConfig, loggers
-from allconv.progress import Progress, run_directory
 from allconv.task import Classifier
+from allconv.training import callbacks, runtime, settings
+from allconv.training.loggers import SaveConfig, loggers
+from allconv.training.progress import Progress, run_directory
 
 # what Lightning and our own classes raise for invalid settings
 FLAG_ERRORS = (ValueError, TypeError, MisconfigurationException, ImportError)
@@ -199,9 +200,8 @@ class CLI(LightningCLI):
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
-            processes = getattr(self.trainer.strategy.launcher, "procs", [])
-            if failed := runtime.first_failure(processes):  # the others only report that it is gone
-                raise UserError(failed) from None
+            if failed := runtime.first_failure(self.trainer.strategy.launcher):
+                raise UserError(failed) from None  # the others only report that it is gone
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
             if late or isinstance(error, UserError) or getattr(error, "errno", 0) in OUTPUT_ERRORS:

@@ -9,8 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from subprocess import Popen
+from collections.abc import Iterator
 
 # messages of Lightning that repeat what `Progress` says, or advertise
 NOISE = re.compile(
@@ -62,12 +61,9 @@ def stops() -> Iterator[None]:
         raise
 
 
-def first_failure(processes: Sequence[Popen], seconds: float = 3) -> str | None:
-    """Which process failed, if any did; it may take a moment to exit.
-
-    `processes` are those that rank 0 started, from rank 1 on.
-    """
-    end = time.monotonic() + seconds
+def first_failure(launcher: object, seconds: float = 3) -> str | None:
+    """Which of the processes that a launcher has started failed; it may take a moment to exit."""
+    processes, end = getattr(launcher, "procs", []), time.monotonic() + seconds
     while processes and time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if process.poll():

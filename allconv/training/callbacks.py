@@ -17,9 +17,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from allconv import plots
 from allconv.errors import UsageError, UserError, say
-from allconv.loggers import Table
-from allconv.progress import run_directory
 from allconv.rundir import read_metrics, write_whole
+from allconv.training.loggers import Table
+from allconv.training.progress import run_directory
 
 
 class NetSummary(ModelSummary):

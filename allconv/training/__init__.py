@@ -1,0 +1,1 @@
+"""What surrounds the experiment in `fit`, `validate` and `test`: LightningCLI and callbacks."""
