@@ -110,7 +110,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
     if name not in ("best", "last"):
         path = PRETRAINED if name == "pretrained" else Path(name)
         if name and path.is_dir():
-            path = path / "checkpoints" / "best.ckpt"
+            path = path / ("" if path.name == "checkpoints" else "checkpoints") / "best.ckpt"
         if path.is_file():
             return path
         raise CheckpointError(

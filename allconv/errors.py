@@ -143,18 +143,25 @@ class OneLineErrors:
             kinds = union[2].split(" - Expected a ")
             line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
         near = [match for word in words for match in _near(word, meant)]
+        if not near and (bare := re.search(r"arguments: ([^-\s]\S*)", line)):
+            line += f"; {bare[1]} needs a flag in front of it, see --help"
         end(2, f"{line}; did you mean {meant[near[0]]}?" if near else line)
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:
-    """Names that begin or end with the word, as --model.lr with --lr, else the most similar."""
-    names = sorted(names, key=lambda name: (len(name), name))
-    begin = [name for name in names if name.startswith(word)]
-    # without the group: it may be another one's, and makes no key alike
-    keys = {name: name.rpartition(".")[2].lstrip("-") for name in (word, *names)}
-    end = [name for name in names if name.startswith("-") and name.endswith(keys[word])]
-    near = difflib.get_close_matches(keys[word], keys.values(), len(keys), 0.75)
-    return begin or end or difflib.get_close_matches(word, [n for n in names if keys[n] in near], 1)
+    """Names that begin or end with the word, groups left out, else the most similar one."""
+    flag = word.startswith("-")
+    alike = sorted((n for n in names if n.startswith("-") == flag), key=lambda n: (len(n), n))
+    key, keys = _last(word), {name: _last(name) for name in alike}
+    begin = [name for name in alike if key and keys[name].startswith(key)]
+    end = [name for name in alike if key and keys[name].endswith(key)]
+    close = difflib.get_close_matches(key, keys.values(), len(keys), 0.75)
+    similar = [name for name in alike if keys[name] in close]
+    return begin or end or difflib.get_close_matches(word, similar, 1)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-").lower()
 
 
 class Parser(OneLineErrors, ArgumentParser):

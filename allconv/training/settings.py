@@ -1,6 +1,7 @@
 """Settings: recipes, a run's config.yaml as defaults for the arguments, and what is refused."""
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -51,7 +52,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
                 "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
             )
         elif "arguments are required" in message:  # by a class that a value names
-            message += " (a class's own come after it: --trainer.callbacks.monitor=val/acc)"
+            message += " (they follow the class: --trainer.logger.save_dir=DIR)"
         super().error(message, ex)
 
 
@@ -75,8 +76,9 @@ def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
     for name in flags.pop("config"):
         path = Path(name) if Path(name).is_file() else RECIPES.get(name)
         if path is None:
-            names = ", ".join(sorted(RECIPES))
-            raise UsageError(f"--config {name}: no such file; recipes: {names}")
+            near = difflib.get_close_matches(Path(name).stem, RECIPES, 1)
+            hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(sorted(RECIPES))}"
+            raise UsageError(f"--config {name}: no such file; {hint}")
         try:
             named |= flat(read_yaml(path))
         except RunError as error:
