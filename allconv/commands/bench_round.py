@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch import Callback
 from torch.nn.functional import conv2d, cross_entropy
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
@@ -78,8 +77,11 @@ def _now() -> float:
 
 
 def _seconds(run: Callable[[], object], times: int) -> float:
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.timeit(times).mean  # it warms up, and waits for a GPU
+    run()  # warms up
+    start = _now()
+    for _ in range(times):
+        run()
+    return (_now() - start) / times
 
 
 def _step(net: AllCNN, optimizer: torch.optim.Optimizer, images: torch.Tensor):
