@@ -84,6 +84,7 @@ LIGHTNING = (
 ).split()
 
 
+@pytest.mark.slow
 def test_callbacks_and_profiler_of_lightning_say_what_they_have_to_say(own_folder, capsys):
     said = finish(*TINY, *LIGHTNING)
     assert rows(RUN) > 3  # LearningRateMonitor's are not ours

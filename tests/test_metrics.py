@@ -212,6 +212,7 @@ def assert_equal(one, other, where=""):
         assert one == other, where
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="Lightning 2.6 has it")
 def test_averaged_weights_are_resumed_exactly_and_evaluated(own_folder, monkeypatch):
     main([*EMA, "--trainer.max_epochs", "2"])

@@ -30,6 +30,7 @@ def at_a_terminal(args, columns):
     return re.sub(r"\x1b\[[\d;?]*\w", "", found.decode())  # without colours and movements
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "columns", "rate"), [(TWO, 80, "/s "), ([], 140, " images/s, left ")]
 )

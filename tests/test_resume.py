@@ -67,6 +67,7 @@ def test_killed_and_resumed_equals_never_stopped(recipe, own_folder, monkeypatch
     assert len(list(Path("lightning_logs").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [pytest.param(3, marks=SLOW), 11])
 def test_stopped_inside_an_epoch_and_resumed_equals_never_stopped(steps, own_folder, capfd):
     """All that fast.yaml uses, and dropout."""
@@ -132,9 +133,8 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     assert "MulticlassAccuracy" not in error
 
 
-@pytest.mark.parametrize(
-    ("stop", "code"), [("SystemExit(143)", 143), pytest.param("KeyboardInterrupt", 130, marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [("SystemExit(143)", 143), ("KeyboardInterrupt", 130)])
 @pytest.mark.parametrize("place", ["while_loading()", "write_whole(Path('x'), while_writing)"])
 def test_a_signal_in_a_c_extension_ends_with_its_code(stop, code, place, own_folder):
     """It makes another error of what a signal raises: seen with matplotlib's and torch's."""

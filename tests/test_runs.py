@@ -214,6 +214,7 @@ def test_without_runs_and_with_wrong_columns(own_folder, refused):
     assert "sort" in refused("runs", "--sort", "widht", code=2)
 
 
+@pytest.mark.slow
 def test_it_is_quick(run):
     """No torch: at most 0.3 of the user CPU time of importing it, measured in turns."""
 

@@ -54,6 +54,7 @@ def test_slurms_tasks_without_nodes_are_one_line(own_folder, refused, monkeypatc
     assert "--ntasks-per-node=2" in refused(*FIT.split(), "--trainer.devices", "1", code=2)
 
 
+@pytest.mark.slow
 def test_without_docstrings_and_with_an_unknown_plot_backend(run):
     settings = {**os.environ, "MPLBACKEND": "foo"}
     for args in (["runs"], ["test"]):
@@ -113,6 +114,7 @@ def test_a_file_system_without_locks_is_told(run, capfd, monkeypatch):
     assert rows(run) == 4
 
 
+@pytest.mark.slow
 def test_a_clock_that_was_set_back_does_not_mix_the_curves(own_folder):
     """TensorBoard reads the files of a run in the order of the seconds that they are named by."""
     main(TINY)
