@@ -25,16 +25,15 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return torch.addcmul(offset, rows, factor).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-def crop(images: Tensor, pad: int, generator: torch.Generator | None = None) -> Tensor:
+def crop(images: Tensor, pad: int) -> Tensor:
     """Shift each image by up to `pad` pixels in each direction, with reflection padding.
 
     The same as padding and a random crop (He et al., arXiv:1512.03385, who pad with zeros), but by
-    indexing, which works on uint8 and returns channels last for free. Images are (B, C, H, W),
-    `pad` is below H and W, and the generator is on their device.
+    indexing, which works on uint8 and returns channels last for free. Images are (B, C, H, W), and
+    `pad` is below H and W.
     """
     batch, _, height, width = images.shape
-    shift = {"size": (2, batch, 1), "generator": generator, "device": images.device}
-    dy, dx = torch.randint(-pad, pad + 1, **shift)
+    dy, dx = torch.randint(-pad, pad + 1, (2, batch, 1), device=images.device)
     rows = _reflect(torch.arange(height, device=images.device) + dy, height)  # (B, H)
     columns = _reflect(torch.arange(width, device=images.device) + dx, width)  # (B, W)
     which = torch.arange(batch, device=images.device)[:, None, None]

@@ -6,6 +6,7 @@ uint8, and is augmented and normalized there.
 
 import os
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -107,21 +108,25 @@ class CIFAR100(LightningDataModule):
         return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out images in order."""
+        """The held-out images, shuffled, but always the same way."""
         return self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        """The test images in order."""
+        """The test images, shuffled, but always the same way."""
         return self._loader("test", self.eval_batch_size)
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> DataLoader:
+        """The test images in order."""
+        return self._loader("test", self.eval_batch_size, ordered=True)
 
-    def _loader(self, split: str, batch_size: int) -> DataLoader:
+    def _loader(self, split: str, batch_size: int, ordered: bool = False) -> DataLoader:
         self.setup("test" if split == "test" else "fit")
         images, trainer = self.sets[split], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         # without padding, so that each image counts once whatever the number of processes
-        sampler = range(rank, len(images), world)
+        # by default shuffled: the first ones, as with limit_val_batches, then have all classes
+        n, rng = len(images), np.random.RandomState(0)
+        sampler = (np.arange(n) if ordered else rng.permutation(n))[rank::world]
         if split == "train":
             # Lightning calls its set_epoch; seed_everything has set the variable
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))

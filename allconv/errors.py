@@ -18,6 +18,9 @@ from jsonargparse import ArgumentParser
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 OUTPUT_ERRORS = (*DISK_ERRORS, errno.EPIPE)
+# flags that other projects call otherwise
+ELSEWHERE = {"gpus": "--trainer.devices", "num_gpus": "--trainer.devices"}
+ELSEWHERE |= {"checkpoint": "--ckpt_path", "resume": "--ckpt_path", "weights": "--ckpt_path"}
 
 
 class UserError(ValueError):
@@ -66,6 +69,7 @@ def say(*lines: object) -> None:
 def end(code: int, message: object) -> NoReturn:
     """Print one line to stderr and exit."""
     if code > 128:  # ignore a second Ctrl-C while the process exits
+        sys.unraisablehook = lambda _: None  # CPython reports one that comes during this call
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = " ".join(str(message).split())
@@ -93,11 +97,9 @@ def command() -> Iterator[None]:
         sys.stdout.flush()
     except UserError as error:
         end(error.code, error)
-    except KeyboardInterrupt:
-        end(130, "interrupted")
     except SystemExit as stop:
-        if stop.code == 143:
-            end(143, "terminated")
+        if stop.code in (130, 143):
+            end(stop.code, "stopped")
         raise
     except (OSError, ValueError) as error:
         # Lightning's loggers and torch's writer wrap a disk error in one of their own
@@ -132,7 +134,7 @@ class OneLineErrors:
         if re.search("nrecognized|not accept", line):
             words = re.findall(r"--[\w.-]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
             meant = {key: key for a in parser._actions for key in (a.dest, *a.option_strings)}
-            words = [word for word in words if word not in meant]
+            words = [ELSEWHERE.get(_last(word), word) for word in words if word not in meant]
             meant |= {name: f"--config {name}" for name in self.recipes}
         elif no_class := re.match(r"(.*?)- Expected a path but (\w+) ", line):
             words, meant = [no_class[2]], {name: name for name in self.classes}

@@ -59,10 +59,7 @@ class MuonSGD(SGD):
 
 
 def parameter_groups(net: AllCNN, h: Mapping[str, object]) -> list[dict]:
-    """The parameters trained by SGD with weight decay, by SGD without, and by Muon.
-
-    `h` are the task's hyperparameters.
-    """
+    """The parameters of SGD with weight decay, of SGD without, and of Muon; `h` as in the task."""
     inner = [layer[0].weight for layer in list(net.children())[1:-1]] if h["muon_lr"] else []
     rest = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in inner)]
     decayed = [p for p in rest if h["decay_norms"] or p.ndim > 1]

@@ -136,10 +136,9 @@ class Classifier(LightningModule):
             self.teacher.check(checkpoint.get("teacher"))
 
     def configure_optimizers(self):
-        """SGD, or SGD and Muon, with a schedule that advances every step.
+        """SGD, or SGD and Muon, with a schedule that advances every step, not every epoch.
 
-        Not every epoch: Lightning saves a checkpoint before it advances an epoch's scheduler, so a
-        resumed run would keep the old rate for one more epoch.
+        Lightning saves before it advances an epoch's scheduler: a resumed run would lag behind.
         """
         h, trainer = self.hparams, self.trainer
         groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True

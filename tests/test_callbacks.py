@@ -124,6 +124,11 @@ def test_loggers_of_ones_own_get_what_ours_get(own_folder):
     (table,) = Path("csv").rglob("metrics.csv")
     assert {"train/loss", "val/acc", "lr"} <= {*table.read_text().splitlines()[0].split(",")}
     assert yaml.safe_load(table.with_name("hparams.yaml").read_text())["model"]["width"] == 4
+    main(["test"])  # its own flags say where it logs, not the run's
+    assert list(Path("csv").rglob("metrics.csv")) == [table]
+    main("test --trainer.logger CSVLogger --trainer.logger.save_dir tested".split())
+    (table,) = Path("tested").rglob("metrics.csv")
+    assert "test/acc" in table.read_text()
 
 
 REFUSED = [

@@ -14,6 +14,7 @@ from conftest import LAST, REPO, RUN, TINY
 
 from allconv import checkpoints
 from allconv.__main__ import COMMANDS, main
+from allconv.data import CIFAR100
 from allconv.model import AllCNN
 from allconv.training.settings import RECIPES
 
@@ -226,6 +227,16 @@ def test_without_a_run_nothing_is_evaluated(own_folder, refused):
     assert "no run with a last.ckpt" in refused("fit", "--ckpt_path", "last", code=1)
 
 
+def test_a_part_of_the_evaluation_images_has_all_classes(own_folder):
+    """The files are read in label order."""
+    data = CIFAR100(demo=True)
+    data.prepare_data()
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        _, labels = next(iter(loader))
+        assert len(labels) < len(loader.dataset)
+        assert len(labels.unique()) == len(data.dataset.classes)
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # barebones
 def test_an_evaluation_of_nothing_is_refused(run, refused, capfd):
     before = (run / "test.json").read_text()
@@ -255,7 +266,9 @@ BAD_USAGE = {
     "--modle.width 3": "did you mean --model.width?",
     "--model.with=3": "did you mean --model.width?",
     "--trainer.max_epoch 3": "did you mean --trainer.max_epochs?",
-    "--trainer.gpus 1": "--trainer.gpus 1",  # of Lightning 1: nothing is like it
+    "--trainer.gpus 1": "did you mean --trainer.devices?",  # of Lightning 1
+    "--resume last": "did you mean --ckpt_path?",
+    "--data.num_workers 2": "none are needed",
     "--batch_size 3": "did you mean --data.batch_size?",
     "--lr 1": "did you mean --model.lr?",
     "--epochs 3": "did you mean --trainer.max_epochs?",

@@ -179,7 +179,8 @@ class Predictions(Callback):
         # TensorBoard shows a figure 400 pixels wide: fewer images
         count, columns = (10, 5) if self.folder else (6, 3)
         index = plots.sample(len(logits))[:count]
-        place = index * trainer.world_size  # this process has every world_size-th image
+        loader = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
+        place = loader.sampler[index]  # this process has every world_size-th image
         images, labels = data.sets[split].images[place], data.sets[split].labels[place]
         right, n = matrix.trace().item(), matrix.sum().item()
         title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"

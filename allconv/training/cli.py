@@ -21,6 +21,7 @@ from allconv.task import Classifier
 from allconv.training import callbacks, runtime, settings
 from allconv.training.loggers import SaveConfig, loggers
 from allconv.training.progress import Progress, run_directory
+from allconv.training.settings import several
 
 # what Lightning and our own classes raise for invalid settings
 FLAG_ERRORS = (ValueError, TypeError, MisconfigurationException, ImportError)
@@ -87,7 +88,7 @@ class CLI(LightningCLI):
                 raise UsageError("--init starts a new run and --ckpt_path resumes one: pass one")
             path = checkpoints.find(name, self.logs)
             self.checkpoint = checkpoints.load(path, resume=command == "fit")
-            self.before = settings.run_settings(self.checkpoint, f"{named} {rest}")
+            self.before = settings.run_settings(self.checkpoint, f"{named} {rest}", command)
             rest = [f"--config={json.dumps(self.before, default=str)}", *rest]
         self.config = parser.parse_args([command, *rest])
         config = self.config[command]
@@ -116,12 +117,14 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         """Add the command's callbacks and loggers, with a progress bar only at a terminal."""
         given, fit = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
-        own = _several(given.callbacks)
+        own = several(given.callbacks)
         own_bar = _any(own, ProgressBar)
         bar = sys.stdout.isatty() and given.enable_progress_bar is not False and not own_bar
+        self.loggers = several(given.logger)
+        kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
         if not fit:
+            kwargs["enable_progress_bar"] = own_bar or bar
             added = [callbacks.Predictions(self.checkpoint.folder)]
-            kwargs |= {"logger": False, "enable_progress_bar": bar or own_bar}
         elif given.barebones:
             added = [callbacks.EpochSeed()]
         else:
@@ -135,9 +138,7 @@ class CLI(LightningCLI):
                 added += callbacks.checkpoints()
             if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):
                 kwargs["enable_checkpointing"] = False  # Lightning would save in the folder
-            self.loggers = _several(given.logger)
-            kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
-            kwargs["plugins"] = callbacks.plugins(_several(given.plugins))
+            kwargs["plugins"] = callbacks.plugins(several(given.plugins))
         if not self.run_wanted:
             self.save_config_callback = None
         if given.max_time:  # by default it stops, validates and saves within an epoch
@@ -218,8 +219,8 @@ class CLI(LightningCLI):
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
                 message += f" in epoch {self.trainer.current_epoch + 1}; go on with: "
                 message += f"python -m allconv fit --ckpt_path {last}"
-            if stop.code == 143 or self.trainer.interrupted:
-                raise StoppedError(message, 143 if stop.code == 143 else 130) from None
+            if stop.code in (130, 143):
+                raise StoppedError(message, stop.code) from None
             raise
 
     def test(self, **kwargs) -> None:
@@ -235,12 +236,6 @@ class CLI(LightningCLI):
 
 def _any(values: list, kind: type) -> bool:
     return any(isinstance(value, kind) for value in values)
-
-
-def _several(value: object) -> list:
-    """A value or a list of values as a list, without None and booleans."""
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if not isinstance(v, bool | None)]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -34,8 +34,8 @@ WARNINGS = (
 
 def prepare() -> None:
     """Set the signal handlers, filter messages and warnings, and set the allocator."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: not NOISE.match(record.getMessage().lstrip()))
@@ -43,6 +43,17 @@ def prepare() -> None:
         warnings.filterwarnings("ignore", message)
     threading.excepthook = _thread_error
     keep_memory()
+
+
+def _stop(number: int, frame: object) -> None:
+    """Stop the run, and ignore later signals: they would interrupt the cleaning up.
+
+    SystemExit for SIGINT too: at a KeyboardInterrupt, Lightning sets SIG_IGN, and a second Ctrl-C
+    at that moment makes CPython print "Signal 2 ignored due to race condition" and a traceback.
+    """
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -56,7 +67,7 @@ def stops() -> Iterator[None]:
     except Exception as error:
         below = error
         while below := below.__cause__ or below.__context__:
-            if isinstance(below, SystemExit | KeyboardInterrupt):
+            if isinstance(below, SystemExit):
                 raise below from None
         raise
 

@@ -51,6 +51,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
                 "optimizer and schedule are settings of the model here: --model.lr, "
                 "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
             )
+        elif "num_workers" in message:
+            message += "; none are needed: the images are in memory, and a batch is one indexing"
         elif "arguments are required" in message:  # by a class that a value names
             message += " (they follow the class: --trainer.logger.save_dir=DIR)"
         super().error(message, ex)
@@ -90,12 +92,19 @@ def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
     return named | flags, files, [*(f"--{key}={value}" for key, value in front), *rest]
 
 
-def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
+def several(value: object) -> list:
+    """A value or a list of values as a list, without None and booleans."""
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if not isinstance(v, bool | None)]
+
+
+def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, object]:
     """The settings of a checkpoint's run: its config.yaml, completed by the checkpoint itself.
 
     Args:
         checkpoint: the checkpoint.
         named: the user's own arguments; classes named neither there nor in TRUSTED are left out.
+        command: fit, validate or test; an evaluation logs only where its own arguments say so.
 
     Raises:
         CheckpointError: its hyperparameters are not those of a task.
@@ -104,7 +113,8 @@ def run_settings(checkpoint: Checkpoint, named: str) -> dict[str, object]:
     settings = _trusted(settings, named)
     groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
     trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
-    for key in ("max_steps", "max_time"):  # they ended the run, and would end it again at once
+    left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
+    for key in left_out if command == "fit" else left_out | {"logger"}:
         trainer.pop(key, None)
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
