@@ -143,6 +143,11 @@ OFF = {
 }
 
 
+def test_a_trial_of_a_run_that_is_resumed_is_refused(run, refused):
+    line = refused("fit", "--ckpt_path", "last", "--trainer.fast_dev_run", "true", code=2)
+    assert "leave --ckpt_path out" in line
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # barebones
 @pytest.mark.parametrize("flag", OFF)
 def test_what_is_switched_off_is_off(flag, own_folder, capfd, caplog):

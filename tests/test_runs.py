@@ -208,6 +208,10 @@ def test_odd_event_files_are_passed_over(end, run, capsys):
     assert listed(capsys) == before
 
 
+def test_the_folder_above_the_runs_may_be_named(run, capsys):
+    assert listed(capsys, "--logs", ".") == listed(capsys)
+
+
 def test_without_runs_and_with_wrong_columns(own_folder, refused):
     assert "no runs in" in refused("runs", code=1)
     assert "no runs in" in refused("runs", "--logs", "elsewhere", code=1)

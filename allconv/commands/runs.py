@@ -137,10 +137,11 @@ def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="allconv runs", description="List the runs and their results.")
     parser.add_argument("--sort", choices=COLUMNS.split(), default="number", help="A column.")
-    parser.add_argument("--logs", default=rundir.LOGS, help="Folder of the runs.")
+    parser.add_argument("--logs", default=rundir.LOGS, help="Folder of the runs, or above it.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args(args)
     logs = Path(given.logs)
+    logs = inner if (inner := logs / rundir.LOGS).is_dir() else logs
     runs = [describe(run) for run in (*logs.glob("reference"), *rundir.runs(logs))]
     if not runs:
         raise UserError(f"no runs in {logs.absolute()}; make one: allconv fit")

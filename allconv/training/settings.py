@@ -26,7 +26,7 @@ SPLIT = {"demo", "folder", "val_size", "split_seed"}
 # settings that may silently differ when a run is resumed
 FREE = re.compile(
     r"(config|recipe|ckpt_path|init|data\.(data_dir|folder)|trainer\.(max_steps|max_time|"
-    r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler|fast_dev_run))\b"
+    r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler))\b"
 )
 # trainer settings that Lightning divides by
 DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
@@ -159,6 +159,8 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
             f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
             "trainer.max_epochs or trainer.max_time"
         )
+    if resumed and config.trainer.fast_dev_run:
+        raise UsageError("trainer.fast_dev_run tries a new run: leave --ckpt_path out")
     for key in sorted({"max_epochs", "max_steps", *DIVISORS}):
         value = config.trainer[key]
         if value == 0 or (key in DIVISORS and isinstance(value, int | float) and value < 0):
