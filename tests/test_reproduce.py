@@ -143,6 +143,19 @@ def test_what_is_complete_is_only_compared(tiny, capfd):
         assert "+- 0.50" in line
 
 
+def test_the_teacher_of_a_claim_is_trained_first(own_folder, monkeypatch, capfd):
+    few = shlex.join([*TINY[1:], "--trainer.max_epochs", "1"])
+    student = {**claim(few, "val/acc", 50), "teacher": "wide"}
+    content = {"wide": claim(f"{few} --model.width 5", "val/acc", 50), "student": student}
+    Path("claims.yaml").write_text(yaml.safe_dump({"small": content}))
+    monkeypatch.setattr(reproduce, "CLAIMS", Path("claims.yaml"))
+    code("student")
+    fits = [line for line in capfd.readouterr().out.splitlines() if " -m allconv fit " in line]
+    best = "reproduced/wide/seed_43/lightning_logs/version_0/checkpoints/best.ckpt"
+    assert ["--model.width 5" in line for line in fits] == [True, False]
+    assert f"--model.teacher {best}" in fits[1]
+
+
 def test_a_table_is_compared_and_drawn_and_fails_as_a_whole(tiny, capfd):
     assert code("small") == 1
     said = capfd.readouterr().out

@@ -112,20 +112,25 @@ def _call(name: str, *args: str) -> None:
         raise StoppedError(f"{name} is stopped; the same command goes on with it", code)
 
 
-def measure(name: str, claim: Claim, root: Path, data: list[str]) -> float:
-    """Train the run in `root`, resume it, or only read it if it is complete; the metric in %.
+def trained(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> Path:
+    """The run of a claim's first seed in `out`: trained with its teacher, resumed, or complete.
 
     Raises:
         UserError: the run has other flags.
     """
     from allconv import checkpoints  # imports torch, which listing does not need
 
-    recipe = f"{name}: {claim['flags']}"  # kept in the run's config.yaml
+    claim, teacher = found[name], []
+    if "teacher" in claim:
+        best = trained(claim["teacher"], found, out, data) / "checkpoints/best.ckpt"
+        teacher = ["--model.teacher", str(best)]
+    recipe, seed = f"{name}: {claim['flags']}", str(claim["seeds"][0])  # kept in config.yaml
+    root = out / name / f"seed_{seed}"
     begun = list(root.glob(f"{rundir.LOGS}/version_*/checkpoints/last.ckpt"))
     if not begun:
-        flags = [*shlex.split(claim["flags"]), "--recipe", recipe, *data]
-        flags += ["--seed_everything", str(claim["seeds"][0])]
-        _call(name, "fit", *flags, "--trainer.default_root_dir", str(root))
+        flags = [*shlex.split(claim["flags"]), *teacher, "--recipe", recipe, *data]
+        flags += ["--seed_everything", seed, "--trainer.default_root_dir", str(root)]
+        _call(name, "fit", *flags)
     run = begun[-1].parent.parent if begun else rundir.runs(root / rundir.LOGS)[-1]
     config = rundir.read_config(run)
     if config.get("recipe") != recipe:
@@ -133,12 +138,18 @@ def measure(name: str, claim: Claim, root: Path, data: list[str]) -> float:
     done = checkpoints.load(run / "checkpoints/last.ckpt", resume=True).epoch
     if done < config["trainer"]["max_epochs"]:
         _call(name, "fit", "--ckpt_path", str(run / "checkpoints/last.ckpt"), *data)
-    if claim["metric"].startswith("val/"):
-        return 100 * rundir.read_metrics(run)[-1][claim["metric"]]
+    return run
+
+
+def measure(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> float:
+    """The metric of a claim in %, of its run in `out`."""
+    run, metric = trained(name, found, out, data), found[name]["metric"]
+    if metric.startswith("val/"):
+        return 100 * rundir.read_metrics(run)[-1][metric]
     of = ("test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
     if not evaluation.read(run, *of):
         _call(name, "test", "--ckpt_path", str(run), *data)
-    return 100 * evaluation.read(run, *of)[claim["metric"]]
+    return 100 * evaluation.read(run, *of)[metric]
 
 
 def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -> bool:
@@ -150,13 +161,12 @@ def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -
     return right
 
 
-def reproduce(chosen: dict[str, Claim], out: Path, data: list[str]) -> bool:
-    """Measure each claim with its first seed and compare; draw them if there are several."""
-    values, right = {}, True
-    for name, claim in chosen.items():
-        seed = claim["seeds"][0]
-        values[name] = measure(name, claim, out / name / f"seed_{seed}", data)
-        right &= compare(name, claim, values[name], claim["tolerance"], f"seed {seed}")
+def reproduce(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> bool:
+    """Measure each claim of that name and compare; draw them if there are several."""
+    values, right, chosen = {}, True, choose(name, found)
+    for key, claim in chosen.items():
+        values[key] = measure(key, found, out, data)
+        right &= compare(key, claim, values[key], claim["tolerance"], f"seed {claim['seeds'][0]}")
     if len(chosen) > 1:
         from allconv import plots  # imports torch
 
@@ -191,7 +201,7 @@ def main(args: list[str]) -> None:
     if given.evaluate:
         sys.exit(not evaluate(given.name, found, data))
     if given.name:
-        sys.exit(not reproduce(choose(given.name, found), Path(given.out), data))
+        sys.exit(not reproduce(given.name, found, Path(given.out), data))
     for path in map(Path, given.tables or []):
         text = path.read_text("utf-8")
         rundir.write_text(path, MARKED.sub(lambda mark: mark[1] + table(mark[2], found), text))
