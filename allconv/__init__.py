@@ -41,6 +41,6 @@ def load(name: str = "pretrained"):
 
     checkpoint = checkpoints.load(checkpoints.find(name, key="name"))
     net = checkpoint.net()
-    net.classes = checkpoint.dataset.classes
+    net.classes = checkpoint.classes
     net.preprocess = images.preprocess
     return net

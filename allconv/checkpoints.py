@@ -15,25 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from allconv import datasets
-from allconv.errors import UserError
+from allconv.errors import UserError, say
 from allconv.model import AllCNN
 from allconv.rundir import LOGS, read_config, read_metrics, runs
 
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")  # written by `allconv export`
-# what Lightning needs to resume besides the weights
-RESUMABLE = {
-    **dict.fromkeys(("hyper_parameters", "loops", "callbacks"), dict),
-    **dict.fromkeys(("epoch", "global_step"), int),
-    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
-    "pytorch-lightning_version": str,
-}
+# what Lightning saves besides the weights, always and to resume
+SAVED = {"hyper_parameters": dict, "loops": dict, "epoch": int, "global_step": int}
+SAVED["pytorch-lightning_version"] = str
+RESUMABLE = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 ARGUMENTS = {name: p.default for name, p in inspect.signature(AllCNN).parameters.items()}
 # arguments and state of the data module that tell on what a network was trained
-DATA = {
-    **{"data_dir": str, "demo": bool, "folder": str, "classes": list, "digest": str},
-    **{"val_size": int, "split_seed": int, "batch_size": int},
-}
+DATA = {"data_dir": str, "demo": bool, "folder": str, "classes": list, "digest": str}
+DATA |= {"val_size": int, "split_seed": int, "batch_size": int}
 
 
 class CheckpointError(UserError):
@@ -90,6 +85,12 @@ class Checkpoint:
         keys = {"data_dir", "demo", "folder", "classes"} & {*self.data}
         return datasets.choose(**{key: self.data[key] for key in keys})
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names in the order of the logits, or numbers where nothing tells the names."""
+        names, n = self.dataset.classes, self.hparams["num_classes"]
+        return names if len(names) == n else tuple(f"class {i}" for i in range(n))
+
     def net(self) -> AllCNN:
         """The network in eval mode, on the CPU, channels last."""
         with torch.device("meta"):  # the weights are overwritten anyway
@@ -131,18 +132,15 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
 
 
 def load(path: Path, resume: bool = False) -> Checkpoint:
-    """Read and check a checkpoint.
-
-    Args:
-        path: the file.
-        resume: whether training will resume from it; if not, the network has to be trained.
-    """
+    """Read and check a checkpoint, to `resume` its training, or to use the trained network."""
     checkpoint = _load_exported(path) if path.suffix == ".safetensors" else _load_torch(path)
     _check(checkpoint)
     if resume and not checkpoint.resumable:
         raise CheckpointError(f"{path}: weights alone cannot be resumed; use --init")
     if checkpoint.epoch == checkpoint.step == 0 and not resume:
         raise CheckpointError(f"{path}: stopped in its first epoch, so it is not trained yet")
+    if checkpoint.epoch is None:
+        say(f"{path} holds weights alone; residuals and rectify_logits are taken as by default")
     return checkpoint
 
 
@@ -155,7 +153,7 @@ def _load_torch(path: Path) -> Checkpoint:
         for key, value in _mapping(state).items()
         if isinstance(value, Tensor) and isinstance(key, str) and key.startswith(prefix)
     }
-    if not all(isinstance(content.get(key), kind) for key, kind in RESUMABLE.items()):
+    if not _has(content, SAVED):
         return Checkpoint(path, {}, weights)
     loop = _mapping(content["loops"].get("fit_loop"))
     # saved by a validation in the last step, before Lightning counts the epoch as processed
@@ -168,10 +166,11 @@ def _load_torch(path: Path) -> Checkpoint:
     hparams = {str(key): value for key, value in saved if not str(key).startswith("_")}
     data = _data(content.get("datamodule_hyper_parameters"), content.get("CIFAR100"))
     checkpoint = Checkpoint(path, hparams, weights, epoch, content["global_step"], data)
-    schedules = content["lr_schedulers"]  # Lightning would go on without, or with any
-    if not all(isinstance(_mapping(state).get("last_epoch"), int) for state in schedules):
-        raise CheckpointError(f"{path}: does not say where its learning rate schedule stands")
-    checkpoint.resumable = bool(content["optimizer_states"] and schedules)
+    schedules = content.get("lr_schedulers")  # Lightning would go on without, or with any
+    if _has(content, RESUMABLE) and schedules and content["optimizer_states"]:
+        if not all(isinstance(_mapping(state).get("last_epoch"), int) for state in schedules):
+            raise CheckpointError(f"{path}: does not say where its learning rate schedule stands")
+        checkpoint.resumable = True
     return checkpoint
 
 
@@ -204,6 +203,10 @@ def _load_exported(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: not written by python -m allconv export ({key})")
     data = _data(told["recipe"].get("data"), told)
     return Checkpoint(path, told["hparams"], weights, told["epoch"], 0, data, metadata)
+
+
+def _has(content: dict, kinds: dict[str, type]) -> bool:
+    return all(isinstance(content.get(key), kind) for key, kind in kinds.items())
 
 
 def _mapping(value: object) -> dict:

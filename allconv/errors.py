@@ -67,7 +67,7 @@ def say(*lines: object) -> None:
 
 
 def end(code: int, message: object) -> NoReturn:
-    """Print one line to stderr and exit."""
+    """Print one line to stderr, unless it is empty, and exit."""
     if code > 128:  # ignore a second Ctrl-C while the process exits
         sys.unraisablehook = lambda _: None  # CPython reports one that comes during this call
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -77,7 +77,8 @@ def end(code: int, message: object) -> NoReturn:
     first = "(^Does not validate.*? Errors: - |(?=Problem with|Import path does))"
     if failed := re.search(first + "(.*?) - (Problem|Import|Not a v|Expected )", line):
         line = failed[2]
-    say(line)
+    if line:
+        say(line)
     sys.exit(code)
 
 

@@ -42,10 +42,8 @@ class Classifier(LightningModule):
             `allconv.optim`. 0: train them with SGD.
         label_smoothing: label smoothing of the training loss (Szegedy et al., arXiv:1512.00567).
         dirac: initialize the inner convolutions as identities, see `allconv.model.dirac_`.
-        whiten: initialize the first convolution with whitening filters of the training images,
-            see `allconv.model.whiten_`.
-        teacher: network to distill from, see `allconv.distill`: pretrained, or a checkpoint that
-            was trained on the same split.
+        whiten: initialize the first convolution by whitening filters, see `allconv.model.whiten_`.
+        teacher: network to distill from: pretrained, or a checkpoint; see `allconv.distill`.
         flip_test: also report test/acc_flip, with the logits of each test image and its mirror
             image averaged.
         compile: compile the network with torch.compile (faster on a GPU; no gain on a CPU).
@@ -156,7 +154,9 @@ class Classifier(LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalized images (B, 3, H, W)."""
+        """Logits (B, num_classes) of images (B, 3, H, W), normalized, or uint8 as loaders give."""
+        if images.dtype == torch.uint8:
+            images = normalize(images, MEAN, STD)
         return self.net(images.to(self.dtype))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

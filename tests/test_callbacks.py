@@ -117,6 +117,12 @@ def test_a_layer_is_thawed(own_folder):
     assert str(trained.tolist()) != second
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfit_batches(own_folder):
+    main([*FIT, "--trainer.max_epochs", "1", "--trainer.overfit_batches", "2"])
+    assert (RUN / "checkpoints/best.ckpt").is_file()
+
+
 def test_loggers_of_ones_own_get_what_ours_get(own_folder):
     """Weights and Biases, and MLflow were tried by hand."""
     loggers = "--trainer.logger CSVLogger --trainer.logger.save_dir csv --trainer.max_epochs 1"

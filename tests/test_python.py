@@ -6,10 +6,12 @@ import lightning
 import pytest
 import torch
 from conftest import REPO
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import allconv
-from allconv import CIFAR100, AllCNN, Classifier, load
+from allconv import CIFAR100, AllCNN, Classifier, checkpoints, load
+from allconv.__main__ import main
 from allconv.augment import normalize
 from allconv.datasets.cifar100 import MEAN, STD
 
@@ -94,6 +96,47 @@ def test_predict_gives_the_logits_of_the_test_images(run):
     with torch.no_grad():
         expected = load(best)(normalize(data.sets["test"].images, MEAN, STD))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_loader_of_the_data_module_gives_its_numbers(run):
+    task = Classifier.load_from_checkpoint(run / "checkpoints/best.ckpt")
+    data = CIFAR100(demo=True)
+    (whole,) = small().test(task, data)
+    (loaded,) = small().test(task, data.test_dataloader())
+    assert loaded == whole
+
+
+def test_a_network_of_unknown_classes_has_numbers_for_names(loader, own_folder, capsys):
+    trainer = small(max_epochs=1)
+    trainer.fit(Classifier(width=2, num_classes=10), loader, loader)
+    trainer.save_checkpoint("own.ckpt")
+    assert load("own.ckpt").classes == tuple(f"class {i}" for i in range(10))
+    Image.new("RGB", (32, 32)).save("a.png")
+    main(["predict", "a.png", "--ckpt_path", "own.ckpt"])
+    said = capsys.readouterr()
+    assert "class " in said.out
+    assert "10 classes of an unknown data set" in said.err
+
+
+def test_weights_alone_are_said_to_be(run, capsys):
+    net = load(str(run))
+    assert "weights alone" not in capsys.readouterr().err
+    torch.save(net.state_dict(), "bare.pt")
+    load("bare.pt")
+    assert "bare.pt holds weights alone" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_optimizer_states_tells_its_settings(run, capfd, refused):
+    task = Classifier(width=4, rectify_logits=False)
+    trainer = small(max_epochs=1)
+    data = CIFAR100(demo=True)
+    trainer.fit(task, data)
+    trainer.save_checkpoint("small.ckpt", weights_only=True)
+    assert checkpoints.load(Path("small.ckpt")).hparams["rectify_logits"] is False
+    assert "weights alone" not in capfd.readouterr().err
+    line = refused("fit", "--ckpt_path", "small.ckpt", code=1)
+    assert "cannot be resumed; use --init" in line
 
 
 @pytest.fixture

@@ -31,17 +31,18 @@ def predict(
 
     default = "pretrained" if checkpoints.PRETRAINED.is_file() else "best"
     checkpoint = checkpoints.load(checkpoints.find(default if ckpt_path is None else ckpt_path))
-    data, files = checkpoint.dataset, _files(names)
-    top = min(5, len(data.classes)) if top is None else top
-    if not 1 <= top <= len(data.classes):
-        raise UsageError(f"top is {top}: it must be from 1 to {len(data.classes)}")
+    files, n = _files(names), len(checkpoint.classes)
+    top = min(5, n) if top is None else top
+    if not 1 <= top <= n:
+        raise UsageError(f"top is {top}: it must be from 1 to {n}")
     if out is not None:
         _check_out(out, files)
     readable, shown, seen = _read(files)
     rows, maps = _answers(checkpoint, readable, seen, top)
     WRITERS[format](rows)
     uncertain = sum(not row["confident"] for row in rows)
-    known = f"{len(data.classes)} classes of {data.title}"
+    named = checkpoint.classes == checkpoint.dataset.classes
+    known = f"{n} classes of {checkpoint.dataset.title if named else 'an unknown data set'}"
     done = f"{len(rows):,} of {len(files):,} images classified, {uncertain:,} uncertain"
     say(f"{done}; {known}; weights: {checkpoint.path}")
     if out is not None and rows:
@@ -126,7 +127,7 @@ def _answers(checkpoint, names: list[str], seen: list, top: int) -> tuple[list[d
         shown = shown or [maps[i, label] for i, label in enumerate(labels[:, 0])]
         for best in zip(shares.tolist(), labels.tolist(), strict=True):
             answers = [
-                {"class": checkpoint.dataset.classes[label], "probability": round(share, 6)}
+                {"class": checkpoint.classes[label], "probability": round(share, 6)}
                 for share, label in zip(*best, strict=True)
             ]
             confident = best[0][0] >= LOW

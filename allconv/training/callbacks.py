@@ -113,7 +113,7 @@ class StepLoss(Callback):
             raise UserError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
                 f"{trainer.current_epoch + 1}, rate {rate:g}): start again with a lower model.lr; "
-                f"checkpoints/last.ckpt of {run_directory(trainer)} is of the epoch before"
+                "the run's last.ckpt is of the epoch before"
             )
 
 
@@ -180,7 +180,8 @@ class Predictions(Callback):
         count, columns = (10, 5) if self.folder else (6, 3)
         index = plots.sample(len(logits))[:count]
         loader = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
-        place = loader.sampler[index]  # this process has every world_size-th image
+        # this process's part; with overfit_batches, Lightning replaces the sampler
+        place = torch.tensor(list(loader.sampler))[index]
         images, labels = data.sets[split].images[place], data.sets[split].labels[place]
         right, n = matrix.trace().item(), matrix.sum().item()
         title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"

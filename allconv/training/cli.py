@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
@@ -198,14 +199,16 @@ class CLI(LightningCLI):
             with runtime.stops():
                 getattr(self.trainer, self.subcommand)(**kwargs)
         except Exception as error:
+            time.sleep(0 if self.trainer.is_global_zero else 1)  # a signal comes if rank 0 is gone
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
-            if failed := runtime.first_failure(self.trainer.strategy.launcher):
+            ours, launcher = isinstance(error, UserError), self.trainer.strategy.launcher
+            if not ours and (failed := runtime.first_failure(launcher)):
                 raise UserError(failed) from None  # the others only report that it is gone
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
-            if late or isinstance(error, UserError) or getattr(error, "errno", 0) in OUTPUT_ERRORS:
+            if late or ours or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             # invalid settings, or an unusable checkpoint
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
@@ -219,6 +222,8 @@ class CLI(LightningCLI):
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
                 message += f" in epoch {self.trainer.current_epoch + 1}; go on with: "
                 message += f"python -m allconv fit --ckpt_path {last}"
+            if not self.trainer.is_global_zero:  # rank 0 says it
+                message = ""
             if stop.code in (130, 143):
                 raise StoppedError(message, stop.code) from None
             raise

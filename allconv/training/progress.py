@@ -36,10 +36,10 @@ class Progress(Callback):
         self.bar = None
         if bar:
             columns = ["{task.description}", MofNCompleteColumn(), "{task.fields[text]}"]
-            self.rate = "/s "
+            self.unit = "/s "
             if Console().width >= 120:
                 columns.insert(1, BarColumn(20))
-                self.rate = " images/s, left "
+                self.unit = " images/s, left "
             self.bar = Bar(*columns, transient=True)
         self.best, self.validated = 0.0, ""
 
@@ -55,7 +55,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is trained, and on what."""
         self.start, self.first = time.monotonic(), trainer.current_epoch
-        self.timed = self.done = 0  # batches since `start`, and of the whole session
+        # batches and images since `start`, and batches of the whole session
+        self.timed = self.images = self.done = 0
         self.end = trainer.max_epochs if trainer.max_epochs >= 0 else "?"  # -1: no end
         run, data = run_directory(trainer), trainer.datamodule
         if run and (best := best_row(run)):
@@ -90,9 +91,10 @@ class Progress(Callback):
         """Move the bar; after the first 20 steps, estimate how long the run will take."""
         self.done, self.timed = self.done + 1, self.timed + 1
         batches, done = trainer.num_training_batches, batch_idx + 1
-        images = len(batch[1]) * trainer.world_size / self._seconds()
+        self.images += len(batch[1]) * trainer.world_size
+        rate = self.images / (time.monotonic() - self.start)
         if self.done == min(20, batches) and not self.bar:
-            self._print(f"about {self._left(trainer)} left, {images:,.0f} images/s\n{HEAD}")
+            self._print(f"about {self._left(trainer)} left, {rate:,.0f} images/s\n{HEAD}")
         if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # waits for the device
             self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
             epoch, run = (batches - done) * self._seconds(), self._left(trainer)
@@ -102,11 +104,11 @@ class Progress(Callback):
                 completed=done,
                 total=batches,
                 text=f"loss {sum(self.losses) / len(self.losses):.2f}{self.validated} "
-                f"{images:,.0f}{self.rate}{_short(_duration(epoch))}/{_short(run)}",
+                f"{rate:,.0f}{self.unit}{_short(_duration(epoch))}/{_short(run)}",
                 refresh=True,
             )
         if self.done == 5:  # the first steps are slower
-            self.start, self.timed = time.monotonic(), 0
+            self.start, self.timed, self.images = time.monotonic(), 0, 0
 
     def _seconds(self) -> float:
         """Mean time per batch, validations included."""
@@ -135,6 +137,8 @@ class Progress(Callback):
             loss, acc = (trainer.callback_metrics[f"val/{name}"].item() for name in ("loss", "acc"))
             self.best = max(self.best, 100 * acc)
             self.validated = f" val {loss:.2f} {100 * acc:.1f}% best {self.best:.1f}%"
+            if self.bar:
+                self.bar.update(self.task, text=self.validated.strip(), refresh=True)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
