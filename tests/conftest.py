@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,13 @@ def finish(*args, expected=0, **kwargs):
     assert running.returncode == expected, said
     assert "Traceback" not in said
     return said
+
+
+def wait_until(what, running):
+    """Wait for something to happen while a process runs."""
+    while not what():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
 
 
 def rows(run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from conftest import (
     process,
     rows,
     scalars,
+    wait_until,
 )
 
 from allconv.__main__ import main
@@ -114,6 +116,23 @@ def test_a_process_that_takes_a_moment_to_exit_is_named(own_folder):
     said = finish(*TINY, *TWO, flag, expected=1, env={**os.environ, "PYTHONPATH": path})
     assert said.splitlines()[-1] == "allconv: rank 1 ended with code 3"
     assert "Traceback" not in said
+
+
+def test_ctrl_c_is_one_line_that_names_the_run(run):
+    running = process(*TINY, "--trainer.max_epochs", "500", *TWO, start_new_session=True)
+    resumed = run.with_name("version_1")
+    wait_until(lambda: rows(resumed), running)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    said, _ = running.communicate(timeout=HANGS)
+    (line,) = (line for line in said.splitlines() if line.startswith("allconv: "))
+    assert running.returncode == 130
+    assert line.endswith(f"--ckpt_path {resumed}/checkpoints/last.ckpt")
+
+
+def test_a_loss_that_is_not_finite_is_one_line(own_folder):
+    said = finish(*TINY, *TWO, "--model.lr", "1e30", expected=1)
+    (line,) = (line for line in said.splitlines() if line.startswith("allconv: "))
+    assert "start again with a lower model.lr" in line
 
 
 RECORD_LABELS = """

@@ -22,6 +22,7 @@ from conftest import (
     finish,
     process,
     rows,
+    wait_until,
 )
 
 from allconv.__main__ import main
@@ -37,13 +38,6 @@ RECIPES = {
 FIT = "fit --data.demo true --model.width 4 --trainer.max_epochs 4".split()
 SLOW = pytest.mark.slow
 RESUME = ["fit", "--ckpt_path", "last"]
-
-
-def wait_until(what, running):
-    """Wait for something to happen while a process runs."""
-    while not what():
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("recipe", [pytest.param("notebook", marks=SLOW), "strong"])

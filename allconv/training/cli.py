@@ -199,7 +199,7 @@ class CLI(LightningCLI):
             with runtime.stops():
                 getattr(self.trainer, self.subcommand)(**kwargs)
         except Exception as error:
-            time.sleep(0 if self.trainer.is_global_zero else 1)  # a signal comes if rank 0 is gone
+            time.sleep(0 if self.trainer.is_global_zero else 3)  # a signal comes if rank 0 is gone
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
