@@ -93,6 +93,11 @@ class Checkpoint:
 
     def net(self) -> AllCNN:
         """The network in eval mode, on the CPU, channels last."""
+        if self.epoch is None:
+            say(f"{self.path} holds weights alone; other settings of the net are the defaults")
+        return self._net()
+
+    def _net(self) -> AllCNN:
         with torch.device("meta"):  # the weights are overwritten anyway
             net = AllCNN(**{name: self.hparams[name] for name in ARGUMENTS})
         net.load_state_dict(self.weights, assign=True)
@@ -139,8 +144,6 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: weights alone cannot be resumed; use --init")
     if checkpoint.epoch == checkpoint.step == 0 and not resume:
         raise CheckpointError(f"{path}: stopped in its first epoch, so it is not trained yet")
-    if checkpoint.epoch is None:
-        say(f"{path} holds weights alone; residuals and rectify_logits are taken as by default")
     return checkpoint
 
 
@@ -241,6 +244,6 @@ def _check(checkpoint: Checkpoint) -> None:
         if not plain or not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite real numbers")
     try:
-        checkpoint.net()
+        checkpoint._net()
     except (ValueError, RuntimeError, IndexError) as error:  # torch may name many tensors
         raise CheckpointError(f"{path}: {str(error)[:300]}") from None

@@ -181,8 +181,12 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
 def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     """Refuse settings of the model that differ from the checkpoint's."""
     told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
-    if checkpoint.epoch is None:  # weights alone
+    if checkpoint.epoch is None:
         told = {"width", "num_classes"}
+        say(
+            f"{checkpoint.path} holds weights alone, which do not tell model.residuals (taken as "
+            f"{model.residuals}) and model.rectify_logits ({model.rectify_logits})"
+        )
     for key in sorted(told):
         value = checkpoint.hparams[key]
         if json.dumps(model[key]) != json.dumps(value):
