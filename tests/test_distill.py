@@ -60,6 +60,7 @@ def test_the_teacher_sees_the_students_images_at_full_size(run):
     assert not torch.equal(plain, answers)  # the crop is the student's
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_and_the_teacher_is_known_by_its_content(run, refused):
     shutil.copy(run / "checkpoints/best.ckpt", "teacher.ckpt")
     fit = [*TINY, "--model.teacher", "teacher.ckpt", "--data.sizes", "[[0.5,20]]",

@@ -143,6 +143,7 @@ def test_what_is_complete_is_only_compared(tiny, capfd):
         assert "+- 0.50" in line
 
 
+@pytest.mark.slow
 def test_the_teacher_of_a_claim_is_trained_first(own_folder, monkeypatch, capfd):
     few = shlex.join([*TINY[1:], "--trainer.max_epochs", "1"])
     student = {**claim(few, "val/acc", 50), "teacher": "wide"}
