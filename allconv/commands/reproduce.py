@@ -124,7 +124,8 @@ def trained(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> P
     if "teacher" in claim:
         best = trained(claim["teacher"], found, out, data) / "checkpoints/best.ckpt"
         teacher = ["--model.teacher", str(best)]
-    recipe, seed = f"{name}: {claim['flags']}", str(claim["seeds"][0])  # kept in config.yaml
+    recipe = f"{name}: {claim['flags']}"  # kept in the run's config.yaml
+    seed = str(claim["seeds"][0])
     root = out / name / f"seed_{seed}"
     begun = list(root.glob(f"{rundir.LOGS}/version_*/checkpoints/last.ckpt"))
     if not begun:
