@@ -90,6 +90,17 @@ def test_order_depends_on_seed_and_epoch_alone(own_folder, monkeypatch):
     assert first.bincount().tolist() == [32] * 100  # each image once
 
 
+def test_a_single_image_of_the_dataset():
+    data = CIFAR100(demo=True)
+    data.prepare_data()
+    loader = data.val_dataloader()
+    images, labels = loader.dataset.images, loader.dataset.labels
+    image, label = loader.dataset[7]
+    assert image.shape == (3, 32, 32)
+    assert torch.equal(image, images[7])
+    assert label == labels[7]
+
+
 @pytest.mark.parametrize(
     ("done", "size"),
     [(0.0, 20), (0.1499, 20), (0.15, 24), (0.4999, 24), (0.5, 32), (0.99, 32), (1.0, 32)],

@@ -82,6 +82,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image (3, 32, 32) uint8 and its label ()."""
+        return self.images[index], self.labels[index]
+
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 32, 32) uint8 and labels (B,) at the given indices."""
         index = torch.from_numpy(np.array(indices))  # half the time of torch.tensor(indices)

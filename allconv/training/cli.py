@@ -220,8 +220,7 @@ class CLI(LightningCLI):
         except SystemExit as stop:
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
-                message += f" in epoch {self.trainer.current_epoch + 1}; go on with: "
-                message += f"python -m allconv fit --ckpt_path {last}"
+                message += f"; go on with: python -m allconv fit --ckpt_path {last}"
             if not self.trainer.is_global_zero:  # rank 0 says it
                 message = ""
             if stop.code in (130, 143):
