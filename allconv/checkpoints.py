@@ -104,19 +104,20 @@ class Checkpoint:
         return net.to(memory_format=torch.channels_last).eval()
 
 
-def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path") -> Path:
+def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside="best") -> Path:
     """The file that a value of `--ckpt_path` refers to.
 
     Args:
         name: "best" or "last" (of the newest run), "pretrained", a file, or a run directory.
         logs: folder of the runs.
         key: the argument's name, for the error.
+        inside: which checkpoint of a run directory, "best" or "last".
     """
     name = os.path.expanduser(str(name))
     if name not in ("best", "last"):
         path = PRETRAINED if name == "pretrained" else Path(name)
         if name and path.is_dir():
-            path = path / ("" if path.name == "checkpoints" else "checkpoints") / "best.ckpt"
+            path = path / ("" if path.name == "checkpoints" else "checkpoints") / f"{inside}.ckpt"
         if path.is_file():
             return path
         raise CheckpointError(

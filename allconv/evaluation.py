@@ -10,8 +10,17 @@ from allconv.errors import UserError
 from allconv.rundir import write_text
 
 
+def place(checkpoint, command: str) -> Path:
+    """The files of an evaluation, without their suffixes, such as `RUN/test`.
+
+    Those of another checkpoint of a run than best.ckpt have its name in theirs: `RUN/test_last`.
+    """
+    other = checkpoint.run and checkpoint.path.stem != "best"
+    return checkpoint.folder / (f"{command}_{checkpoint.path.stem}" if other else command)
+
+
 def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
-    """Write and print the results of an evaluation.
+    """Print the results of an evaluation, and write them unless it was only of a part of a split.
 
     Args:
         checkpoint: the `allconv.checkpoints.Checkpoint` that was evaluated.
@@ -32,11 +41,9 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         "epoch": checkpoint.epoch,
         "val_size": data.hparams.val_size,
         "split_seed": data.hparams.split_seed,
-        "remark": _remark(checkpoint, data, split, n),
+        "remark": _remark(checkpoint, data, split),
         **provenance(),
     }
-    path = checkpoint.folder / f"{command}.json"
-    write_text(path, json.dumps(result, indent=2) + "\n")
     epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch},"
     print(f"{checkpoint.path}{epoch} on {title}, {n:,} images:")
     for name in ("acc", "top5", "loss", "acc_flip"):
@@ -44,7 +51,12 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
             print(f"  {split}/{name:5} {value:.4f}")
     if result["remark"]:
         print(f"  note: {result['remark']}")
-    print(f"written: {path}, {command}.png, {command}_confusion.png")
+    base, whole = place(checkpoint, command), len(data.sets[split])
+    if n < whole:
+        print(f"nothing is written: these are {n:,} of {whole:,} images")
+        return
+    write_text(base.with_name(f"{base.name}.json"), json.dumps(result, indent=2) + "\n")
+    print(f"written: {base}.json, {base.name}.png, {base.name}_confusion.png")
 
 
 def provenance() -> dict[str, object]:
@@ -56,24 +68,23 @@ def provenance() -> dict[str, object]:
     }
 
 
-def _remark(checkpoint, data, split: str, n: int) -> str | None:
+def _remark(checkpoint, data, split: str) -> str | None:
     """What qualifies the result, if anything."""
-    now, whole, trained = data.hparams, len(data.sets[split]), checkpoint.data
+    now, trained = data.hparams, checkpoint.data
     if trained and checkpoint.dataset != data.dataset:
         return "trained on another data set than it is evaluated on"
     now = {**now, "digest": data.digest or trained.get("digest")}
     keys = ("val_size", "split_seed", "digest")
     if split == "val" and any(trained.get(key, now[key]) != now[key] for key in keys):
         return "another split than in training: the network has seen some of these images"
-    return f"{n:,} of {whole:,} images" if n < whole else None
+    return None
 
 
-def read(folder: Path, command: str, checkpoint: str, epoch: int | None) -> dict[str, object]:
-    """The last result of `test` or `validate` in a folder, if it is this checkpoint's.
+def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
+    """The results of an evaluation, if they are this checkpoint's.
 
     Args:
-        folder: a run directory, or the checkpoint's own folder.
-        command: "test" or "validate".
+        base: the files without their suffixes, see `place`.
         checkpoint: the checkpoint's file name.
         epoch: the number of epochs it was trained for.
 
@@ -81,7 +92,7 @@ def read(folder: Path, command: str, checkpoint: str, epoch: int | None) -> dict
         The file's content; {} if it is another checkpoint's, or has a remark.
     """
     try:
-        path = folder / f"{command}.json"
+        path = base.with_name(f"{base.name}.json")
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         of = Path(found["checkpoint"]).name, found["epoch"], found["remark"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours

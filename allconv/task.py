@@ -122,6 +122,13 @@ class Classifier(LightningModule):
             whiten_(self.net, normalize(data.sets["train"].images[::10], MEAN, STD))
         self.initialized = True
 
+    def on_fit_start(self) -> None:
+        """Sum in float32: with a precision of bf16-true, the sums would be bfloat16 too."""
+        for metric in (self.train_loss, self.metrics["loss"], self.metrics["n"]):
+            metric.set_dtype(torch.float32)
+
+    on_validation_start = on_test_start = on_fit_start
+
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Record the teacher's digest."""
         if self.teacher:

@@ -222,7 +222,9 @@ def test_evaluation_writes_beside_the_run(run):
     for name in ("test.png", "test_confusion.png", "curves.png"):
         assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     main(["test", "--ckpt_path", str(LAST)])
-    assert json.loads((run / "test.json").read_text())["epoch"] == 3
+    assert json.loads((run / "test_last.json").read_text())["epoch"] == 3
+    assert json.loads((run / "test.json").read_text()) == found
+    assert (run / "test_last_confusion.png").is_file()
     assert len(list(Path("lightning_logs").iterdir())) == 1
 
 

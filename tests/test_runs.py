@@ -49,8 +49,9 @@ def test_a_run_is_listed_with_its_figures(run, capsys):
     kept = ("number", "recipe", "data", "width", "epochs", "max_epochs", "seed")
     assert [row[key] for key in kept] == [0, None, "demo", 4, 3, 3, 43]
     assert row["when"] < tested["date"]
-    main(["test", "--ckpt_path", "last"])  # test.json is no longer of the best checkpoint
-    assert listed(capsys)["runs"][0]["test/acc"] is None
+    main(["test", "--ckpt_path", "last"])  # has a file of its own
+    assert json.loads((run / "test_last.json").read_text())["epoch"] == 3
+    assert listed(capsys)["runs"][0]["test/acc"] == row["test/acc"]
 
 
 @pytest.mark.parametrize("validated", ["val_check_interval 4", "check_val_every_n_epoch 2"])
@@ -154,9 +155,12 @@ def test_control_characters_are_escaped(run, capsys):
     assert "a\\x1b[31mb\\nc" in said
 
 
-def test_a_test_of_a_part_is_no_test(run, capsys):
-    main(["test", "--trainer.limit_test_batches", "1"])
-    assert listed(capsys)["runs"][0]["test/acc"] is None
+@pytest.mark.parametrize("flag", ["limit_test_batches=1", "fast_dev_run=true"])
+def test_a_test_of_a_part_is_no_test(flag, run, capsys):
+    before = {path.name: path.read_bytes() for path in run.glob("test*")}
+    main(["test", f"--trainer.{flag}"])
+    assert "nothing is written: these are 500 of 1,000 images" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in run.glob("test*")} == before
 
 
 # each with whether it can be told from a file that says nothing

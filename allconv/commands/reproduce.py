@@ -147,10 +147,10 @@ def measure(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> f
     run, metric = trained(name, found, out, data), found[name]["metric"]
     if metric.startswith("val/"):
         return 100 * rundir.read_metrics(run)[-1][metric]
-    of = ("test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
-    if not evaluation.read(run, *of):
+    of = (run / "test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
+    if not evaluation.read(*of):
         _call(name, "test", "--ckpt_path", str(run), *data)
-    return 100 * evaluation.read(run, *of)[metric]
+    return 100 * evaluation.read(*of)[metric]
 
 
 def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -> bool:

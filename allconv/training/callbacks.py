@@ -1,4 +1,4 @@
-"""Callbacks of a training: when to seed, save, plot and stop."""
+"""Callbacks of a training: when to seed, save and stop."""
 
 import math
 import os
@@ -10,16 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
-from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from allconv import plots
 from allconv.errors import UsageError, UserError, say
-from allconv.rundir import read_metrics, write_whole
+from allconv.rundir import write_whole
 from allconv.training.loggers import Table
-from allconv.training.progress import run_directory
 
 
 class NetSummary(ModelSummary):
@@ -70,6 +64,21 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location, weights_only=True)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, that of the highest val/acc.
+
+    A class of its own, since Lightning refuses two ModelCheckpoints of the same metric, and the
+    second may be the user's.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module, checkpoint: dict) -> None:
+        """Take the state that earlier versions saved as a ModelCheckpoint's."""
+        states, key = checkpoint["callbacks"], self.state_key
+        earlier = key.replace("BestCheckpoint", "ModelCheckpoint")
+        if key not in states and earlier in states:
+            states[key] = states[earlier]
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt` before the first step, then after every whole epoch.
 
@@ -110,92 +119,12 @@ class StepLoss(Callback):
                 logger.log_metrics({"train/loss_step": loss}, trainer.global_step - 1)
         if not math.isfinite(loss):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
+            kept = "; last.ckpt is of the epoch before" if trainer.current_epoch else ""
             raise UserError(
                 f"the training loss is {loss} at step {trainer.global_step} (epoch "
-                f"{trainer.current_epoch + 1}, rate {rate:g}): start again with a lower model.lr; "
-                "the run's last.ckpt is of the epoch before"
+                f"{trainer.current_epoch + 1}, rate {rate:g}): start again with a lower "
+                f"model.lr{kept}"
             )
-
-
-class Curves(Callback):
-    """Draws `curves.png` in the run directory after every epoch, so that a stopped run has it."""
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the metrics of the whole run, before a resume too."""
-        run = run_directory(trainer)
-        title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.title}"
-        save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
-
-
-def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure as a PNG file, atomically."""
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
-
-
-class Predictions(Callback):
-    """Draws images with their predictions, and the confusion matrix.
-
-    In training they go to TensorBoard, every ten epochs and after the last one.
-
-    Args:
-        folder: where an evaluation writes them as files; None in training.
-    """
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reset what is collected."""
-        self.logits: list[Tensor] = []
-        matrix = MulticlassConfusionMatrix(pl_module.net.num_classes, validate_args=False)
-        self.matrix = matrix.to(pl_module.device)
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
-        """Collect the logits (B, classes) of a batch."""
-        self.logits.append(outputs)
-        self.matrix.update(outputs, batch[1])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, if this epoch is due."""
-        epoch = trainer.current_epoch + 1
-        if self.folder:
-            self._draw(trainer, "val", "validate")
-        elif (epoch % 10 == 0 or epoch == trainer.max_epochs) and not trainer.sanity_checking:
-            self._draw(trainer, "val", f"validation, epoch {epoch}")
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the figures of a test."""
-        self._draw(trainer, "test", "test")
-
-    def _draw(self, trainer: Trainer, split: str, what: str) -> None:
-        matrix = self.matrix.compute().cpu()  # summed over all processes
-        if not trainer.is_global_zero:
-            return
-        data, logits = trainer.datamodule, torch.cat(self.logits).cpu()
-        # TensorBoard shows a figure 400 pixels wide: fewer images
-        count, columns = (10, 5) if self.folder else (6, 3)
-        index = plots.sample(len(logits))[:count]
-        loader = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
-        # this process's part; with overfit_batches, Lightning replaces the sampler
-        place = torch.tensor(list(loader.sampler))[index]
-        images, labels = data.sets[split].images[place], data.sets[split].labels[place]
-        right, n = matrix.trace().item(), matrix.sum().item()
-        title = f"{data.dataset.title}, {what}: {100 * right / n:.1f} % of {n:,} images correct"
-        names, groups = data.dataset.classes, data.dataset.superclasses
-        sheet = plots.predictions(images, labels, logits[index], names, title, columns)
-        inches = 10 if self.folder else 6  # labels that can be read at 350 pixels
-        confusion = plots.confusion(matrix, names, groups, title, inches)
-        if self.folder:
-            save(sheet, self.folder / f"{what}.png", 120)
-            save(confusion, self.folder / f"{what}_confusion.png", 120)
-        else:
-            board, step = trainer.loggers[0].experiment, trainer.global_step - 1
-            board.add_figure("predictions", sheet, step)
-            board.add_figure("confusion", confusion, step)
 
 
 LOGGED = {"train/loss", "val/loss", "val/acc", "val/top5", "val/n", "lr"}
@@ -241,6 +170,6 @@ def checkpoints() -> list[ModelCheckpoint]:
     """The callbacks that keep best.ckpt and last.ckpt."""
     replace = {"enable_version_counter": False}
     return [
-        ModelCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
+        BestCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
         LastCheckpoint(filename="last", save_on_train_epoch_end=True, **replace),
     ]

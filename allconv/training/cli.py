@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -19,7 +18,7 @@ from allconv import checkpoints, datasets, evaluation, rundir
 from allconv.data import CIFAR100
 from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError
 from allconv.task import Classifier
-from allconv.training import callbacks, runtime, settings
+from allconv.training import callbacks, figures, runtime, settings
 from allconv.training.loggers import SaveConfig, loggers
 from allconv.training.progress import Progress, run_directory
 from allconv.training.settings import several
@@ -87,7 +86,7 @@ class CLI(LightningCLI):
         if name is not None:
             if named.get("init") is not None:
                 raise UsageError("--init starts a new run and --ckpt_path resumes one: pass one")
-            path = checkpoints.find(name, self.logs)
+            path = checkpoints.find(name, self.logs, inside="last" if command == "fit" else "best")
             self.checkpoint = checkpoints.load(path, resume=command == "fit")
             self.before = settings.run_settings(self.checkpoint, f"{named} {rest}", command)
             rest = [f"--config={json.dumps(self.before, default=str)}", *rest]
@@ -98,9 +97,7 @@ class CLI(LightningCLI):
         if config.data.folder is not None and not told:
             config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
-        config.ckpt_path = None  # it belongs to this call, not to the run
-        if config.seed_everything is True:  # random, recorded, and the same in all processes
-            config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
+        settings.settle(config, self.logs, command)
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and trainer; what they raise is a usage error."""
@@ -119,13 +116,14 @@ class CLI(LightningCLI):
         """Add the command's callbacks and loggers, with a progress bar only at a terminal."""
         given, fit = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
         own = several(given.callbacks)
-        own_bar = _any(own, ProgressBar)
-        bar = sys.stdout.isatty() and given.enable_progress_bar is not False and not own_bar
+        own_bar, wanted = _any(own, ProgressBar), given.enable_progress_bar is not False
+        bar = sys.stdout.isatty() and wanted and not own_bar
         self.loggers = several(given.logger)
-        kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar}
+        kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar and wanted}
         if not fit:
             kwargs["enable_progress_bar"] = own_bar or bar
-            added = [callbacks.Predictions(self.checkpoint.folder)]
+            base = evaluation.place(self.checkpoint, self.subcommand)
+            added = [figures.Predictions(base)]
         elif given.barebones:
             added = [callbacks.EpochSeed()]
         else:
@@ -134,7 +132,7 @@ class CLI(LightningCLI):
                 added.append(callbacks.NetSummary(max_depth=2))
             self.run_wanted = given.logger is not False and not given.fast_dev_run
             if self.run_wanted:
-                added += [callbacks.Curves(), callbacks.Predictions()]
+                added += [figures.Curves(), figures.Predictions()]
             if self.run_wanted and given.enable_checkpointing is not False:
                 added += callbacks.checkpoints()
             if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):

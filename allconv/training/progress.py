@@ -1,7 +1,9 @@
 """Progress of a training: what is trained, an estimate, a line per epoch, a bar at a terminal."""
 
+import logging
 import math
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +43,8 @@ class Progress(Callback):
                 columns.insert(1, BarColumn(20))
                 self.unit = " images/s, left "
             self.bar = Bar(*columns, transient=True)
-        self.best, self.validated = 0.0, ""
+        self.best, self.validated, self.validated_in = 0.0, "", -1
+        self.headed = False  # whether the estimate and HEAD were printed
 
     def _print(self, text: str) -> None:
         if self.bar:
@@ -80,6 +83,8 @@ class Progress(Callback):
         if self.bar:
             self._print(HEAD)
             self.bar.start()
+            for handler in logging.getLogger("lightning.pytorch").handlers:
+                handler.setStream(sys.stderr)  # the bar's by now: messages appear above it
             self.task = self.bar.add_task("", text="")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,7 +98,8 @@ class Progress(Callback):
         batches, done = trainer.num_training_batches, batch_idx + 1
         self.images += len(batch[1]) * trainer.world_size
         rate = self.images / (time.monotonic() - self.start)
-        if self.done == min(20, batches) and not self.bar:
+        if not self.bar and not self.headed and (self.done == 20 or trainer.is_last_batch):
+            self.headed = True
             self._print(f"about {self._left(trainer)} left, {rate:,.0f} images/s\n{HEAD}")
         if self.bar and (done % 10 == 0 or trainer.is_last_batch):  # waits for the device
             self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
@@ -135,7 +141,7 @@ class Progress(Callback):
         """Keep the result for the bar, and the best; an epoch may be validated more than once."""
         if not trainer.sanity_checking:
             loss, acc = (trainer.callback_metrics[f"val/{name}"].item() for name in ("loss", "acc"))
-            self.best = max(self.best, 100 * acc)
+            self.best, self.validated_in = max(self.best, 100 * acc), trainer.current_epoch
             self.validated = f" val {loss:.2f} {100 * acc:.1f}% best {self.best:.1f}%"
             if self.bar:
                 self.bar.update(self.task, text=self.validated.strip(), refresh=True)
@@ -148,7 +154,7 @@ class Progress(Callback):
         if not trainer.is_last_batch or "train/loss" not in metrics:
             return
         columns = f"{'-':>8}  {'-':>11}  {'-':>8}"
-        if "val/acc" in metrics and done % (trainer.check_val_every_n_epoch or 1) == 0:
+        if self.validated_in == trainer.current_epoch:
             loss, acc = metrics["val/loss"].item(), 100 * metrics["val/acc"].item()
             columns = f"{loss:8.4f}  {acc:11.2f}  {self.best:8.2f}"
         self._print(
@@ -164,20 +170,21 @@ class Progress(Callback):
         run = run_directory(trainer)
         if not run:
             return
-        whole, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
-        if not trainer.is_last_batch:
-            whole -= 1
-            self._print(
-                f"stopped in epoch {whole + 1} at step {trainer.global_step}: last.ckpt is of "
-                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
-            )
+        epochs, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
         for callback in trainer.early_stopping_callbacks:
             reason = getattr(callback, "stopping_reason_message", None)  # not in Lightning 2.5
             if reason and not callback.verbose:
                 self._print(f"stopped early: {reason}")
-        if best := best_row(run):
+        whole = epochs if trainer.is_last_batch else epochs - 1
+        if whole < epochs:
             self._print(
-                f"best epoch {best['epoch'] + 1} of {whole} on {trainer.datamodule.dataset.title}: "
+                f"stopped in epoch {epochs} at step {trainer.global_step}: last.ckpt is of "
+                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
+            )
+        if best := best_row(run):
+            title = trainer.datamodule.dataset.title
+            self._print(
+                f"best epoch {best['epoch'] + 1} of {epochs} on {title}: "
                 f"val/acc {best['val/acc']:.4f}, top 5 {best['val/top5']:.4f}, "
                 f"loss {best['val/loss']:.4f}"
             )
@@ -196,7 +203,9 @@ class Progress(Callback):
 
 
 def _duration(seconds: float) -> str:
-    return "?" if seconds == math.inf else str(timedelta(seconds=max(0, round(seconds))))
+    if seconds >= 86400:
+        return "?" if seconds == math.inf else f"{seconds / 86400:.1f} days"
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 def _short(duration: str) -> str:

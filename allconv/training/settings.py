@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
-from allconv.checkpoints import Checkpoint, CheckpointError
+from allconv.checkpoints import Checkpoint, CheckpointError, find
 from allconv.errors import OneLineErrors, UsageError, UserError, say
 from allconv.rundir import CONFIGS, RunError, flat, read_yaml
 from allconv.task import Classifier
@@ -25,8 +26,8 @@ NEUTRAL = {"compile", "flip_test"}
 SPLIT = {"demo", "folder", "val_size", "split_seed"}
 # settings that may silently differ when a run is resumed
 FREE = re.compile(
-    r"(config|recipe|ckpt_path|init|data\.(data_dir|folder)|trainer\.(max_steps|max_time|"
-    r"default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler))\b"
+    r"(config|recipe|ckpt_path|init|model\.teacher|data\.(data_dir|folder)|trainer\.(max_steps|"
+    r"max_time|default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler))\b"
 )
 # trainer settings that Lightning divides by
 DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
@@ -178,6 +179,19 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         _refuse_contradictions(checkpoint, config.model)
 
 
+def settle(config: Namespace, logs: Path, command: str) -> None:
+    """Replace settings by what they mean now, as config.yaml is to record it."""
+    config.ckpt_path = None  # it belongs to this call, not to the run
+    if isinstance(config.seed_everything, bool):  # random, and the same in all processes
+        config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
+    for group, key in ((config, "init"), (config.model, "teacher")):
+        if command == "fit" and group[key] not in (None, "pretrained"):  # best changes with time
+            group[key] = str(find(group[key], logs, key))
+    for key in ("callbacks", "logger", "plugins"):  # flags may add what a resumed run has already
+        if isinstance(values := config.trainer[key], list):
+            config.trainer[key] = [v for i, v in enumerate(values) if v not in values[:i]]
+
+
 def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     """Refuse settings of the model that differ from the checkpoint's."""
     told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
@@ -187,6 +201,8 @@ def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
             f"{checkpoint.path} holds weights alone, which do not tell model.residuals (taken as "
             f"{model.residuals}) and model.rectify_logits ({model.rectify_logits})"
         )
+    if checkpoint.hparams.get("teacher") and model.teacher:
+        told -= {"teacher"}  # whose weights are compared, wherever they are now
     for key in sorted(told):
         value = checkpoint.hparams[key]
         if json.dumps(model[key]) != json.dumps(value):
