@@ -17,6 +17,10 @@ COMMANDS = {
     "bench": "measure training, input pipeline, memory and start-up on this machine",
 }
 
+# what other programs call them
+MEANT = {"train": "fit", "resume": "fit --ckpt_path last", "finetune": "fit --config finetune"}
+MEANT |= {"eval": "test or validate", "evaluate": "test or validate", "-V": "--version"}
+
 HELP = """usage: python -m allconv COMMAND [options]
 
 The All-Convolutional Net on CIFAR-100.
@@ -43,7 +47,9 @@ def main(args: list[str] | None = None) -> None:
     from allconv import errors  # its imports take 0.1 s
 
     args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help", "help"):
+    if args and args[0] in ("-h", "--help", "help"):
+        args = [*args[1:2], "--help"]
+    if not args or args[0] == "--help":
         width = max(map(len, COMMANDS)) + 2
         print(HELP.format(commands="\n".join(f"  {k:{width}}{v}" for k, v in COMMANDS.items())))
         return
@@ -55,8 +61,11 @@ def main(args: list[str] | None = None) -> None:
     if args[0] not in COMMANDS:
         import difflib
 
-        near = difflib.get_close_matches(args[0], COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        known = {name: name for name in (*COMMANDS, "--version")} | MEANT
+        near = difflib.get_close_matches(args[0], known, 1)
+        hint = f"did you mean {known[near[0]]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        if args[0].startswith("-") and (later := [arg for arg in args if arg in COMMANDS]):
+            hint = f"the command comes first: allconv {later[0]} {args[0]} ..."
         errors.end(2, f"no command {args[0]}; {hint}")
     # Read when torch is loaded. By default an idle libgomp thread spins for milliseconds: beside
     # other jobs on 2 cores, that doubled the time of `fit` (124 s instead of 55). On an idle

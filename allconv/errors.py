@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
@@ -21,6 +22,12 @@ OUTPUT_ERRORS = (*DISK_ERRORS, errno.EPIPE)
 # flags that other projects call otherwise
 ELSEWHERE = {"gpus": "--trainer.devices", "num_gpus": "--trainer.devices"}
 ELSEWHERE |= {"checkpoint": "--ckpt_path", "resume": "--ckpt_path", "weights": "--ckpt_path"}
+# flags that take files with these endings
+ENDINGS = {".ckpt": "--ckpt_path", ".onnx": "--out", ".safetensors": "--out", ".yaml": "--config"}
+# types as jsonargparse names them, in words
+TYPES = {r"Literal\[(.*?)\]": r"\1", "'": "", ", ": " or ", "NoneType": "null", "tuple": "a list"}
+TYPES |= {r"\b(int or )?float\b( or int\b)?": "a number", r"\bint\b": "a whole number"}
+TYPES |= {r"\bbool\b": "true or false"}
 
 
 class UserError(ValueError):
@@ -133,10 +140,9 @@ class OneLineErrors:
         line, words, meant = " ".join(message.split()), [], {}
         line = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", line)
         if re.search("nrecognized|not accept", line):
-            words = re.findall(r"--[\w.-]+|(?<=[\"'])[\w.]+(?=[\"'])|(?<=arguments: )\w+", line)
+            words = re.findall(r"--[\w.-]+|(?<=[\"'])[\w.]+(?=[\"'])", line)
             meant = {key: key for a in parser._actions for key in (a.dest, *a.option_strings)}
             words = [ELSEWHERE.get(_last(word), word) for word in words if word not in meant]
-            meant |= {name: f"--config {name}" for name in self.recipes}
         elif no_class := re.match(r"(.*?)- Expected a path but (\w+) ", line):
             words, meant = [no_class[2]], {name: name for name in self.classes}
             line = f"{no_class[1]}no class {no_class[2]}"
@@ -145,10 +151,37 @@ class OneLineErrors:
         ):
             kinds = union[2].split(" - Expected a ")
             line = f"{union[1]}Expected {' or '.join(kinds)}. Got value: {union[3]}"
+        if wrong := re.match(r'Parser key "(.*?)": Expected (?:a )?(.*)\. Got value: (.*)', line):
+            key, wanted, given = wrong.groups()
+            for name, text in TYPES.items():
+                wanted = re.sub(name, text, wanted)
+            line = f"{key} is {given}: it must be {wanted}"
+        line = re.sub('^Parser key "(.*?)"', r"\1", line)
         near = [match for word in words for match in _near(word, meant)]
-        if not near and (bare := re.search(r"arguments: ([^-\s]\S*)", line)):
-            line += f"; {bare[1]} needs a flag in front of it, see --help"
-        end(2, f"{line}; did you mean {meant[near[0]]}?" if near else line)
+        if near:
+            line += f"; did you mean {meant[near[0]]}?"
+        elif stray := re.search(r"unrecognized arguments: (?!--)(\S+)", line):
+            line += f"; {self._place(stray[1], parser._actions)}"
+        end(2, line)
+
+    def _place(self, word: str, actions: Iterable[Action]) -> str:
+        """Where a word belongs that has no flag in front of it."""
+        if word.startswith("-"):
+            return f"did you mean ./{word}?" if os.path.isfile(word) else "see --help"
+        names = [action for action in actions if not action.option_strings]
+        flags = {flag for action in actions for flag in action.option_strings}
+        meant = {name: f"--config {name}" for name in self.recipes}
+        if "--ckpt_path" in flags:
+            meant |= {name: f"--ckpt_path {name}" for name in ("last", "best", "pretrained")}
+        if (flag := ENDINGS.get(os.path.splitext(word)[1])) in flags:
+            meant[word] = f"{flag} {word}"
+        if near := _near(word, meant):
+            return f"did you mean {meant[near[0]]}?"
+        if any(action.nargs == "+" for action in names):
+            return "name all files together, before or after the flags"
+        if names:
+            return f"names: at most {len(names)}"
+        return f"{word} needs a flag in front of it, see --help"
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:
@@ -158,7 +191,7 @@ def _near(word: str, names: Iterable[str]) -> list[str]:
     key, keys = _last(word), {name: _last(name) for name in alike}
     begin = [name for name in alike if key and keys[name].startswith(key)]
     end = [name for name in alike if key and keys[name].endswith(key)]
-    close = difflib.get_close_matches(key, keys.values(), len(keys), 0.75)
+    close = difflib.get_close_matches(key, keys.values(), len(keys) or 1, 0.75)
     similar = [name for name in alike if keys[name] in close]
     return begin or end or difflib.get_close_matches(word, similar, 1)
 

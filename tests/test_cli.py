@@ -19,7 +19,7 @@ from allconv.model import AllCNN
 from allconv.training.settings import RECIPES
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["tset"]])
+@pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["tset"], ["help"]])
 def test_answers_without_importing_torch(args):
     code = (
         "import sys\nfrom allconv.__main__ import main\n"
@@ -41,6 +41,42 @@ def test_answers_without_importing_torch(args):
 
 def test_a_mistyped_command_is_shown_escaped(refused):
     assert r"no command te\x1b[31mst" in refused("te\x1b[31mst", code=2)
+
+
+MEANT = {
+    "train": "did you mean fit?",
+    "evaluate": "did you mean test or validate?",
+    "finetune": "did you mean fit --config finetune?",
+    "resume": "did you mean fit --ckpt_path last?",
+    "-V": "did you mean --version?",
+    "--verson": "did you mean --version?",
+    "--config demo fit": "the command comes first: allconv fit --config ...",
+    "help fti": "did you mean fit?",
+    "report a b c": "names: at most 2",
+    "reproduce a b": "names: at most 1",
+    "runs extra": "extra needs a flag in front of it",
+    "export net.onnx": "did you mean --out net.onnx?",
+    "export --out net.onnx last": "did you mean --ckpt_path last?",
+    "predict a.png --top 1 b.png": "name all files together, before or after the flags",
+    "predict -dash.png": "did you mean ./-dash.png?",
+    "predict -x": "-x; see --help",
+    "predict a.png --top x": "top is x: it must be a whole number",
+    "report --split x": "split is x: it must be test or val",
+}
+
+
+@pytest.mark.parametrize("args", MEANT)
+def test_what_was_meant_is_said(args, own_folder, refused):
+    Path("-dash.png").touch()
+    assert MEANT[args] in refused(*args.split(), code=2)
+
+
+@pytest.mark.parametrize("args", ["help predict", "--help predict"])
+def test_help_of_a_command(args, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(args.split())
+    assert end.value.code == 0
+    assert "usage: allconv predict" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
@@ -286,15 +322,17 @@ BAD_USAGE = {
     "--trainer.seed 1": "did you mean --seed_everything?",
     "--trainer.logger csv": "did you mean CSVLogger?",
     "--config dmeo.yaml": "dmeo.yaml: no such file; did you mean demo?",
-    "model.ckpt": "model.ckpt needs a flag in front of it",
+    "model.ckpt": "did you mean --ckpt_path model.ckpt?",
+    "last": "did you mean --ckpt_path last?",
+    "foo": "foo needs a flag in front of it",
     "--model.batch_size 1": "did you mean --data.batch_size?",
     "--model.label-smoothing 1": "did you mean --model.label_smoothing?",
     "--no-model.residuals": "did you mean --model.residuals?",
     "--trainer.max_epochs 0": "max_epochs is 0: it must be above 0",
     "--trainer.max_steps 0": "max_steps is 0: it must be above 0",
-    "--trainer.max_epochs abc": "Expected int or NoneType. Got value: abc",
+    "--trainer.max_epochs abc": "max_epochs is abc: it must be a whole number or null",
     "--trainer.callbacks+=EarlyStopping": "required: monitor (they follow the class",
-    "--model.width abc": "Expected a int. Got value: abc",
+    "--model.width abc": "model.width is abc: it must be a whole number",
     "--model.width 1.5": "model.width",
     "--model.width 0": "width is 0: it must be",
     "--model.width -4": "width is -4",
@@ -331,7 +369,8 @@ BAD_USAGE = {
     "--trainer.limit_train_batches -1": "limit_train_batches is -1",
     "--trainer.limit_val_batches -1": "limit_val_batches",
     "--trainer.val_check_interval 0": "val_check_interval is 0",
-    "--trainer.precision 7": "precision",
+    "--trainer.limit_val_batches x": "it must be a number or null",
+    "--trainer.precision 7": "or transformer-engine-float16 or",
     "--trainer.max_epochs -1 --model.warmup 0.2": "trainer.max_epochs",
     "--seed_everything x": "seed_everything",
     "--seed_everything -1": "seed_everything",

@@ -13,10 +13,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from jsonargparse.typing import PositiveInt
-
 from allconv import evaluation
-from allconv.errors import Parser, say
+from allconv.errors import Parser, UsageError, say
 from allconv.rundir import write_text
 
 
@@ -24,7 +22,7 @@ def bench(
     data_dir: str = "data",
     width: int = 64,
     batch_size: int = 128,
-    repeats: PositiveInt = 5,
+    repeats: int = 5,
     demo: bool = False,
     json: str | None = None,
 ) -> None:
@@ -38,6 +36,8 @@ def bench(
         demo: use the small synthetic data set instead.
         json: file for the figures.
     """
+    if repeats < 1:
+        raise UsageError(f"repeats is {repeats}: it must be above 0")
     flags = [f"--model.width={width}", f"--data.batch_size={batch_size}", f"--data.demo={demo}"]
     flags.append(f"--data.data_dir={os.path.abspath(data_dir)}")
     code, rounds = "from allconv.commands import bench_round; bench_round.main()", []
