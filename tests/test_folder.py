@@ -220,7 +220,9 @@ def test_without_validation_images(own_folder, refused, capfd):
 
 BAD = {
     "missing": (lambda: shutil.rmtree("pets"), "data.folder is pets: no such folder"),
-    "no train": (lambda: shutil.move("pets/train", "pets/other"), "no folder pets/train"),
+    "no train": (lambda: shutil.move("pets/train", "pets/other"), "; pets has other, test"),
+    "val by another name": (lambda: write(Path("pets/Validation/bat"), 1),
+                            "pets/Validation: rename it to pets/val"),
     "nothing": (lambda: shutil.rmtree("pets/train") or Path("pets/train").mkdir(), "found none"),
     "one class": (
         lambda: [shutil.rmtree(f"pets/train/{n}") for n in ("bat", "cat, $x$")],

@@ -62,6 +62,9 @@ class ImageFolder:
         Without DIR/val, `val_size` images of DIR/train, at most a fifth, are held out.
         """
         own_val = (self.path / "val").is_dir()
+        for name in () if file == "test" or own_val else _folders(self.path):
+            if name.lower() in ("val", "valid", "validation", "dev"):
+                raise DataError(f"{self.path / name}: rename it to {self.path / 'val'}")
         names = ("train", "val") if file == "train" and own_val else (file,)
         listed = {name: self._list(name) for name in names}  # all before any image is read
         if file == "test" or own_val:
@@ -111,12 +114,20 @@ class ImageFolder:
         return [file for file, _ in pairs], labels
 
 
-def _classes(path: Path) -> tuple[str, ...]:
+def _folders(path: Path) -> tuple[str, ...]:
     """The names of the subfolders, without hidden ones."""
+    names = [folder.name for folder in path.iterdir() if folder.is_dir()] if path.is_dir() else []
+    return tuple(sorted(name for name in names if not name.startswith(".")))
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    """The names of the subfolders, which have to be at least two."""
     if not path.is_dir():
-        raise DataError(f"no folder {path}: expected one with a subfolder of images for each class")
-    folders = [folder.name for folder in path.iterdir() if folder.is_dir()]
-    names = tuple(sorted(name for name in folders if not name.startswith(".")))
+        there = f"; {path.parent} has {', '.join(_folders(path.parent)[:5]) or 'no folders'}"
+        raise DataError(
+            f"no folder {path}: expected a subfolder of images for each class in it{there}"
+        )
+    names = _folders(path)
     if len(names) < 2:
         found = f"only {names[0]}" if names else "none"
         raise DataError(
