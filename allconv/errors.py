@@ -15,7 +15,7 @@ from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 OUTPUT_ERRORS = (*DISK_ERRORS, errno.EPIPE)
@@ -200,8 +200,19 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2].lstrip("-").lower()
 
 
+class Help(DefaultHelpFormatter):
+    """Help without a default of null: the text says what it stands for."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = super()._expand_help(action)
+        return text.replace(" (default: null)", "").replace(", default: null)", ")")
+
+
 class Parser(OneLineErrors, ArgumentParser):
     """Parser of the commands that need no Trainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=Help, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Name a missing flag as the help does."""

@@ -115,8 +115,24 @@ def test_preprocess_takes_files_images_arrays_and_tensors(photo, own_folder):
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     for given in ("a.png", Path("a.png"), io.BytesIO(Path("a.png").read_bytes()), array, tensor):
         assert torch.equal(images.preprocess(given), expected)
-    for wrong in (tensor.float(), array[..., :2], array[0], tensor[None], array[:0], "missing.png"):
-        with pytest.raises(images.ImageError):
+    grey = images.preprocess(photo.convert("L"))
+    for given in (np.array(photo.convert("L")), torch.from_numpy(np.array(photo.convert("L")))):
+        assert torch.equal(images.preprocess(given), grey)
+    for wrong, said in (
+        (tensor.float(), r"float32 \(3, 40, 60\): expected uint8 \(3, H, W\) or \(H, W\)"),
+        (tensor.bfloat16(), "bfloat16"),
+        (tensor[:2], r"uint8 \(2, 40, 60\)"),
+        (array[..., :2], r"\(40, 60, 2\): expected uint8 \(H, W, 3\)"),
+        (array[0, 0], r"\(3,\)"),
+        (tensor[None], r"\(1, 3, 40, 60\)"),
+        (array[:0], r"\(0, 60, 3\)"),
+        ("missing.png", "no such file"),
+        ("https://a.org/b.png", "no such file; download it first"),
+        (5, "expected an image or its file, not int"),
+        (None, "not NoneType"),
+        (b"bytes", "not bytes"),
+    ):
+        with pytest.raises(images.ImageError, match=said):
             images.preprocess(wrong)
 
 
@@ -179,7 +195,7 @@ def test_of_an_animation_the_first_frame_is_used(suffix, run, photo, capsys):
     assert red[0] > 250
     assert red[2] < 5
     main(["predict", f"moving.{suffix}", f"moving.{suffix}", "still.png", "--ckpt_path", "best"])
-    assert "animated images: 2" in capsys.readouterr().err
+    assert "frames or pages: 2; the first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [name.lower() for name in images.FORMATS])
@@ -302,6 +318,15 @@ def test_refused(run, photo, refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "none")
     assert "best.ckpt" in refused("predict", "../a.png", "--ckpt_path", "best", code=1)
     assert "no such file" in refused("predict", "../a.png", "--ckpt_path", "x.ckpt", code=1)
+
+
+@pytest.mark.parametrize("command", ["predict", "reproduce", "report", "bench"])
+def test_help_tells_no_default_of_null(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert "null)" not in said.replace("(type: str | null)", "")
+    assert command != "predict" or "by default 5 (type: int)" in " ".join(said.split())
 
 
 def test_packaged_weights_are_the_default(own_folder, photo, capsys):

@@ -16,6 +16,7 @@ DESCRIPTION = (
     "as uncertain: it is wrong more often than right. Unreadable files are listed and skipped; the "
     "exit code is then 1."
 )
+CKPT_PATH = "pretrained (the default where packaged, else best), best, last or a file"
 BATCH = 64
 SHEET = 12  # images on a sheet
 # Of 5,000 validation images (accuracy 74.8 %), the packaged net gives the top class of 983 a
@@ -105,7 +106,7 @@ def _read(files: list[str]) -> tuple[list[str], list, list]:
             image.thumbnail((400, 400))
             shown.append(image)
     if frames:
-        say(f"animated images: {frames:,}; the first frame was used")
+        say(f"images with several frames or pages: {frames:,}; the first of each was used")
     return names, shown, seen
 
 
@@ -164,10 +165,10 @@ def main(args: list[str]) -> None:
     """Run the command; exits with 1 if a file was skipped."""
     parser = Parser(prog="allconv predict", description=DESCRIPTION)
     parser.add_argument("IMAGE", nargs="+", help="files, folders, or - for standard input")
-    parser.add_argument("--ckpt_path", help="pretrained (where packaged), best, last or a file")
+    parser.add_argument("--ckpt_path", help=CKPT_PATH)
     parser.add_argument("--format", choices=[*WRITERS], default="table", help="of the output")
     parser.add_argument("--out", help="PNG file for a sheet of the first 12 images")
-    parser.add_argument("--top", type=int, help="number of classes named for an image (default: 5)")
+    parser.add_argument("--top", type=int, help="classes named for an image; by default 5")
     settings = parser.parse_args(args).as_dict()
     if predict(settings.pop("IMAGE"), **settings):
         sys.exit(1)

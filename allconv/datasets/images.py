@@ -27,14 +27,15 @@ class ImageError(UserError):
 def read(file: str | os.PathLike | BinaryIO) -> Image.Image:
     """Decode an image file of FORMATS to RGB, upright; a large JPEG at a half to an eighth.
 
-    Of an animation, the first frame is decoded, and `info["animated"]` is true.
+    Of several frames or pages, the first is decoded, and `info["animated"]` is true.
 
     Raises:
         ImageError: the file is missing, damaged, of another format or above 89 million pixels.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # a pipe would block
+        missing = "no such file" + ("; download it first" if "://" in str(file) else "")
         kind = "a folder without images" if os.path.isdir(file) else "not a regular file"
-        raise ImageError(kind if os.path.exists(file) else "no such file")
+        raise ImageError(kind if os.path.exists(file) else missing)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on small faults
@@ -76,13 +77,20 @@ def reduce(image: Image.Image) -> Tensor:
 def preprocess(image: str | os.PathLike | BinaryIO | Image.Image | np.ndarray | Tensor) -> Tensor:
     """The network's input for a file, a Pillow image, a uint8 array (H, W, 3) or tensor (3, H, W).
 
-    It is (3, 32, 32) float32, normalized; `[None]` makes it a batch of one.
+    Grey arrays and tensors are (H, W). The input is (3, 32, 32) float32, normalized;
+    `[None]` makes it a batch of one.
     """
-    if isinstance(image, Tensor):
-        image = image.movedim(0, -1).cpu().numpy()  # (H, W, 3)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
-            raise ImageError(f"{image.dtype} {image.shape}: expected uint8 (H, W, 3)")
+    if isinstance(image, Tensor | np.ndarray):
+        tensor, shape = isinstance(image, Tensor), tuple(image.shape)
+        kind = str(image.dtype).removeprefix("torch.")
+        color = len(shape) == 3 and shape[0 if tensor else 2] == 3
+        if kind != "uint8" or not (color or len(shape) == 2) or 0 in shape:
+            expected = "(3, H, W)" if tensor else "(H, W, 3)"
+            raise ImageError(f"{kind} {shape}: expected uint8 {expected} or (H, W)")
+        if tensor:
+            image = (image.movedim(0, -1) if color else image).cpu().numpy()
         image = Image.fromarray(image)
+    if not isinstance(image, str | os.PathLike | Image.Image) and not hasattr(image, "read"):
+        raise ImageError(f"expected an image or its file, not {type(image).__name__}")
     image = rgb(image) if isinstance(image, Image.Image) else read(image)
     return normalize(reduce(image)[None], MEAN, STD)[0]
