@@ -27,11 +27,11 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     try:
         config = rundir.read_config(run)
     except rundir.RunError as error:
-        problems.append(str(error))
+        problems.append(str(error).removeprefix(f"{run}/"))
     try:
         metrics, best = rundir.read_metrics(run), rundir.best_row(run) or {}
     except rundir.RunError as error:
-        problems.append(str(error))
+        problems.append(str(error).removeprefix(f"{run}/"))
     groups = {name: config.get(name, {}) for name in ("model", "data", "trainer")}
     problems += [f"{k} is {v}, not a group" for k, v in groups.items() if not isinstance(v, dict)]
     model, data, trainer = (v if isinstance(v, dict) else {} for v in groups.values())
@@ -79,6 +79,7 @@ def _changes(run: Path, config: dict[str, object]) -> list[str]:
 def _flat(config: dict[str, object]) -> dict[str, object]:
     groups = [config.get(name) for name in ("model", "data", "trainer")]
     found = [pair for group in groups if isinstance(group, dict) for pair in group.items()]
+    found += [("init", config["init"])] if config.get("init") else []
     name = re.compile(r"'class_path': '(?:\w+\.)*(\w+)'")  # of a callback or a logger
     return {str(k).rstrip("+"): name.findall(str(v)) or v for k, v in found}
 
@@ -119,8 +120,10 @@ def _cell(row: Row, key: str) -> str:
         return f"{value['mean']:.4f}{spread} (n = {value['n']})"
     if isinstance(value, list):
         value = " ".join(map(str, value))
+    if key == "problem":
+        value = value.splitlines()[0][:60]
     if key == "epochs":
-        value = f"{value}/{row['max_epochs']}".removesuffix("/-1")
+        value = f"{value}/{row['max_epochs']}".removesuffix("/-1").removesuffix("/None")
     return f"{value:.4f}" if isinstance(value, float) else printable(value)
 
 
@@ -137,12 +140,15 @@ def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="allconv runs", description="List the runs and their results.")
     parser.add_argument("--sort", choices=COLUMNS.split(), default="number", help="A column.")
-    parser.add_argument("--logs", default=rundir.LOGS, help="Folder of the runs, or above it.")
+    parser.add_argument(
+        "--logs", default=rundir.LOGS, help="Folder of the runs, or above it, or a run."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args(args)
     logs = Path(given.logs)
     logs = inner if (inner := logs / rundir.LOGS).is_dir() else logs
-    runs = [describe(run) for run in (*logs.glob("reference"), *rundir.runs(logs))]
+    found = [*logs.glob("reference"), *rundir.runs(logs)] or [logs] * (rundir.number(logs) >= 0)
+    runs = [describe(run) for run in found]
     if not runs:
         raise UserError(f"no runs in {logs.absolute()}; make one: allconv fit")
     groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
