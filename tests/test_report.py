@@ -217,8 +217,9 @@ def test_bad_input_is_one_line_and_1(args, run, refused):
 USAGE = {
     "--split train": "split",
     "--data_dri x": "did you mean --data_dir?",
-    "--out lightning_logs": "lightning_logs: expected an HTML file",
-    "--out lightning_logs/version_0/checkpoints/best.ckpt": "best.ckpt: expected an HTML file",
+    "--out lightning_logs": "lightning_logs: its ending must be .html",
+    "--out lightning_logs/version_0/checkpoints/best.ckpt": "best.ckpt: its ending must be .html",
+    "--out y.txt": "--out is y.txt: its ending must be .html",
 }
 
 

@@ -120,11 +120,13 @@ def test_a_table_with_a_quantity_is_plotted(own_folder, monkeypatch):
         (["xyz"], 2, "no claim xyz; python -m allconv reproduce lists them"),
         (["fast", "--evaluate"], 2, "which are those of strong"),
         (["--tables", "none.md"], 1, "none.md: No such file"),
+        (["--tables", "bare.md"], 1, "bare.md: no lines <!-- claims: TABLE -->"),
         (["--tables", "page.md"], 1, "no table nothing in claims.yaml"),
     ],
 )
 def test_bad_input_is_refused(args, status, said, refused):
     Path("page.md").write_text("<!-- claims: nothing -->\n<!-- end -->\n")
+    Path("bare.md").write_text("text\n")
     assert said in refused("reproduce", *args, code=status)
 
 

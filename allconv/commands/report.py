@@ -49,8 +49,8 @@ def check(checkpoints: list["Checkpoint"], out: str | None) -> Path:
     run = f"{last.run.resolve().name}_" if last.run else ""
     name = f"report_against_{run}{last.path.stem}.html" if checkpoints[1:] else "report.html"
     path = Path(out) if out else first.folder / name
-    if path.is_dir() or (path.exists() and any(path.samefile(c.path) for c in checkpoints)):
-        raise UsageError(f"--out is {path}: expected an HTML file")
+    if path.is_dir() or path.suffix.lower() != ".html":
+        raise UsageError(f"--out is {path}: its ending must be .html")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -95,8 +95,9 @@ def report(
         page |= report_statistics.compare(*nets)
     write_text(path, render(**page, nets=nets, n=n, split=split))
     for e in nets:
+        print(f"{e.key}: " if b else "", end="")
         print(
-            f"{e.key}: {printable(e.checkpoint.path)} on {data.title}: {split}/acc {e.acc:.4f} "
+            f"{printable(e.checkpoint.path)} on {data.title}: {split}/acc {e.acc:.4f} "
             f"({e.interval[0]:.4f} to {e.interval[1]:.4f}), {e.right.sum():,} of {n:,}"
         )
     print(f"written: {printable(path)}; open it with a browser")

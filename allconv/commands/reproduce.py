@@ -193,7 +193,7 @@ def main(args: list[str]) -> None:
     """Run the command; exits with 1 if a number is not reproduced."""
     parser = Parser(prog="allconv reproduce", description="List or reproduce published numbers.")
     parser.add_argument("name", nargs="?", help="A claim, or a table: its claims, and a plot.")
-    parser.add_argument("--data_dir", help="Folder with the data set, as in fit.")
+    parser.add_argument("--data_dir", help="Folder with the data set; by default data.")
     parser.add_argument("--out", default="reproduced", help="Folder for the runs.")
     parser.add_argument("--evaluate", action="store_true", help="Only test the packaged weights.")
     parser.add_argument("--tables", nargs="+", help="Markdown files whose tables are written.")
@@ -205,6 +205,8 @@ def main(args: list[str]) -> None:
         sys.exit(not reproduce(given.name, found, Path(given.out), data))
     for path in map(Path, given.tables or []):
         text = path.read_text("utf-8")
+        if not MARKED.search(text):
+            raise UserError(f"{path}: no lines <!-- claims: TABLE --> and <!-- end --> in it")
         rundir.write_text(path, MARKED.sub(lambda mark: mark[1] + table(mark[2], found), text))
         print(f"written: {path}")
         for _, name in MARKED.findall(text):
