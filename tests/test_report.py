@@ -150,11 +150,13 @@ def test_odd_names_and_few_images(run, capfd):
     data = Path("data/cifar-100-demo/test.bin")
     data.write_bytes(data.read_bytes()[: 13 * 3074])  # of the first two classes
     main(["report", "a$b_$c"])
+    assert capfd.readouterr().out.startswith("a$b_$c/checkpoints/best.ckpt on ")
     assert "of 13 test images" in Page(Path("a$b_$c/report.html")).text
     main(["report", "a$b_$c", "best", "--out", "new/two.html"])
     assert "a$b_$c" in Page(Path("new/two.html")).text
-    progress = capfd.readouterr().err
-    assert progress.count("A: 13 test images") == progress.count("B: 800 val images") + 1 == 2
+    out, err = capfd.readouterr()
+    assert out.startswith("A: a$b_$c/")
+    assert err.count("A: 13 test images") == err.count("B: 800 val images") == 1
 
 
 def test_statistics():

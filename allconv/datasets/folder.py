@@ -123,10 +123,8 @@ def _folders(path: Path) -> tuple[str, ...]:
 def _classes(path: Path) -> tuple[str, ...]:
     """The names of the subfolders, which have to be at least two."""
     if not path.is_dir():
-        there = f"; {path.parent} has {', '.join(_folders(path.parent)[:5]) or 'no folders'}"
-        raise DataError(
-            f"no folder {path}: expected a subfolder of images for each class in it{there}"
-        )
+        there = f"{path.parent} has {', '.join(_folders(path.parent)[:5]) or 'no folders'}"
+        raise DataError(f"no folder {path}: expected one with a subfolder for each class; {there}")
     names = _folders(path)
     if len(names) < 2:
         found = f"only {names[0]}" if names else "none"
