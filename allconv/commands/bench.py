@@ -17,6 +17,24 @@ from allconv import evaluation
 from allconv.errors import Parser, UsageError, say
 from allconv.rundir import write_text
 
+# in at most 27 letters, for a line of 80
+MEANING = {
+    "fraction_of_matmul": "FLOP/s: step / product",
+    "step_vs_notebook": "images/s: step / notebook's",
+    "fit_vs_step": "images/s: fit / bare step",
+    "pipeline_vs_torchvision": "images/s / torchvision's",
+    "first_step_after_imports_s": "start of fit; low is good",
+    "peak_rss_gib": "memory of fit; low is good",
+    "fit_images_s": "training in fit",
+    "matmul_gflop_s": "a product of two matrices",
+    "step_gflop_s": "bare training step",
+    "step_images_s": "bare training step",
+    "notebook_images_s": "the notebook's step",
+    "pipeline_images_s": "our batches, no net",
+    "torchvision_0_images_s": "torchvision's, no workers",
+    "torchvision_2_images_s": "torchvision's, 2 workers",
+}
+
 
 def bench(
     data_dir: str = "data",
@@ -58,7 +76,9 @@ def bench(
         result[name] = middle = median(values)
         result["spread"][name] = low, high = min(values), max(values)
         digits = 0 if middle > 999 else 2
-        print(f"{name:27}{middle:7.{digits}f}  ({low:.{digits}f} - {high:.{digits}f})")
+        spread = f"({low:.{digits}f} - {high:.{digits}f})"
+        print(f"{name:27}{middle:7.{digits}f} {spread:17} {MEANING[name]}")
+    say("high is good, if nothing else is said")
     if json:
         write_text(Path(json), json_format.dumps(result, indent=2) + "\n")
 
