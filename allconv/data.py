@@ -9,13 +9,14 @@ import os
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_convert
 from torchvision.transforms.v2 import CutMix
 
 from allconv import augment, datasets
 from allconv.datasets.cifar100 import MEAN, STD, DataError, Images
-from allconv.errors import check_ranges
+from allconv.ranges import check_data
 
 
 class CIFAR100(LightningDataModule):
@@ -55,20 +56,8 @@ class CIFAR100(LightningDataModule):
         folder: str | None = None,
     ):
         super().__init__()
-        step = 100 if folder is None else 1  # the same number of each class
-        val_right = 0 <= val_size < 50_000 and val_size % step == 0
-        sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in sizes)
-        rules = {
-            "batch_size": (batch_size >= 1, "at least 1"),
-            "val_size": (val_right, f"from 0 to 49900 in steps of {step}"),
-            "split_seed": (0 <= split_seed < 2**32, f"from 0 to {2**32 - 1}"),
-            "crop": (0 <= crop < 32, "from 0 to 31"),
-            "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
-            "cutmix": (0 <= cutmix <= 1, "from 0 to 1"),
-            "folder": (not (demo and folder), "null when data.demo is true"),
-        }
-        self.save_hyperparameters(logger=False)
-        check_ranges("data", self.hparams, rules)
+        self.save_hyperparameters()
+        check_data(self.hparams)
         self.dataset = datasets.choose(data_dir, demo, folder)
         self.digest: str | None = None  # of a folder's training and validation images
         self.mix = CutMix(num_classes=len(self.dataset.classes))
@@ -83,15 +72,14 @@ class CIFAR100(LightningDataModule):
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
         if h.sizes and self.trainer and self.trainer.max_epochs < 0:
             raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
+        if not self.trainer:
+            self.prepare_data()  # a Trainer has done so
         if file not in self.sets:
             found = self.dataset.load(file, h.val_size, h.split_seed)
             self.digest = self.digest if file == "test" else self.dataset.digest(found)
             self.sets |= found
-        if file == "train" and not len(self.sets["val"]):
-            if stage == "validate":
-                raise DataError("data.val_size is 0: there are no validation images")
-            if self.trainer:
-                self.trainer.limit_val_batches = 0  # Lightning would warn of an empty loader
+        if stage == "validate" and not len(self.sets["val"]):
+            raise DataError("data.val_size is 0: there are no validation images")
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint records about the images, beside the hyperparameters."""
@@ -99,17 +87,21 @@ class CIFAR100(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Refuse to resume with other images."""
-        if state.get("digest") != self.digest:
+        if self.digest and state.get("digest") != self.digest:  # known if the images were read
             what = f"the images in {self.hparams.folder} are not those that the run was trained"
             raise DataError(f"{what} with: start a new run with --init")
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches; the order depends on the seed and the epoch only."""
+        """Shuffled uint8 batches; the order depends on the seed and the epoch only.
+
+        They are augmented in `on_after_batch_transfer`, so only if the Trainer has this module.
+        """
         return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """The held-out images, shuffled, but always the same way."""
-        return self._loader("val", self.eval_batch_size)
+        """The held-out images, shuffled, but always the same way; [] if there are none."""
+        loader = self._loader("val", self.eval_batch_size)
+        return loader if len(loader.dataset) else []  # Lightning would warn of an empty loader
 
     def test_dataloader(self) -> DataLoader:
         """The test images, shuffled, but always the same way."""
@@ -123,19 +115,21 @@ class CIFAR100(LightningDataModule):
         self.setup("test" if split == "test" else "fit")
         images, trainer = self.sets[split], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        # without padding, so that each image counts once whatever the number of processes
-        # by default shuffled: the first ones, as with limit_val_batches, then have all classes
-        n, rng = len(images), np.random.RandomState(0)
-        sampler = (np.arange(n) if ordered else rng.permutation(n))[rank::world]
         if split == "train":
             # Lightning calls its set_epoch; seed_everything has set the variable
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             sampler = DistributedSampler(images, world, rank, shuffle=True, seed=seed)
+        else:
+            # without padding, so that each image counts once whatever the number of processes
+            # by default shuffled: the first, as with limit_val_batches, then have all classes
+            n, rng = len(images), np.random.RandomState(0)
+            order = np.arange(n) if ordered else rng.permutation(n)
+            sampler = UnrepeatedDistributedSamplerWrapper(order, world, rank, shuffle=False)
         return DataLoader(
             images,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=lambda batch: batch,
+            collate_fn=default_convert,  # it is a batch already
             pin_memory=torch.cuda.is_available(),
             # a loader draws a seed when it starts, at another point of a resumed run: the draw must
             # not advance the generator that dropout uses

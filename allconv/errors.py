@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 from argparse import Action
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -48,18 +48,6 @@ class StoppedError(UserError):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
-
-
-def check_ranges(
-    group: str, values: Mapping[str, object], rules: dict[str, tuple[bool, str]]
-) -> None:
-    """Raise ValueError for a setting out of range.
-
-    `rules` maps a setting to whether its rule is met, and to the rule as text.
-    """
-    for name, (kept, rule) in rules.items():
-        if not kept:
-            raise ValueError(f"{group}.{name} is {values[name]}: it must be {rule}")
 
 
 def printable(text: object) -> str:

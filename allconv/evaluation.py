@@ -44,7 +44,8 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         "remark": _remark(checkpoint, data, split),
         **provenance(),
     }
-    epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch},"
+    step = f" (step {checkpoint.step:,})" if checkpoint.step else ""
+    epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch}{step},"
     print(f"{checkpoint.path}{epoch} on {title}, {n:,} images:")
     for name in ("acc", "top5", "loss", "acc_flip"):
         if (value := metrics.get(f"{split}/{name}")) is not None:

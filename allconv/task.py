@@ -17,10 +17,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from allconv import distill
 from allconv.augment import normalize
+from allconv.data import CIFAR100
 from allconv.datasets.cifar100 import MEAN, STD
-from allconv.errors import check_ranges
 from allconv.model import AllCNN, biases_before_norm, dirac_, whiten_
 from allconv.optim import MuonSGD, parameter_groups, triangle
+from allconv.ranges import check_model
 
 
 class Classifier(LightningModule):
@@ -70,8 +71,8 @@ class Classifier(LightningModule):
         **net,
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        self._check_ranges()
+        self.save_hyperparameters()
+        check_model(self.hparams)
         self.net = AllCNN(**net).to(memory_format=torch.channels_last)
         if dirac:
             dirac_(self.net)
@@ -95,26 +96,17 @@ class Classifier(LightningModule):
         self.metrics["n"] = SumMetric(nan_strategy="disable")
         self.acc_flip = MulticlassAccuracy(**options)
 
-    def _check_ranges(self) -> None:
-        h = self.hparams
-        rules = {
-            "lr": (h.lr > 0, "above 0"),
-            "momentum": (0 <= h.momentum < 1, "at least 0 and below 1"),
-            "weight_decay": (h.weight_decay >= 0, "at least 0"),
-            "milestones": (all(m > 0 for m in h.milestones), "a list of numbers above 0"),
-            "gamma": (h.gamma > 0, "above 0"),
-            "warmup": (h.warmup is None or 0 <= h.warmup < 1, "null, or from 0 to below 1"),
-            "muon_lr": (h.muon_lr >= 0, "at least 0"),
-            "label_smoothing": (0 <= h.label_smoothing < 1, "from 0 to below 1"),
-        }
-        check_ranges("model", h, rules)
-
     def setup(self, stage: str) -> None:
         """Load the teacher, and initialize new weights; a checkpoint is loaded after this."""
+        data, h = self.trainer.datamodule, self.hparams
+        ours, found = isinstance(data, CIFAR100), getattr(self.net, "num_classes", None)
+        if ours and found and found != (n := len(data.dataset.classes)):
+            raise ValueError(
+                f"model.num_classes is {found}, but {data.dataset.title} has {n} classes"
+            )
         if stage != "fit":
             return
-        data, h = self.trainer.datamodule, self.hparams
-        if (h.whiten or h.teacher) and "train" not in getattr(data, "sets", {}):
+        if (h.whiten or h.teacher) and not ours:
             raise ValueError("model.whiten and model.teacher need the CIFAR100 data module")
         if h.teacher:
             self.teacher = distill.Teacher(h.teacher, data)
@@ -149,6 +141,8 @@ class Classifier(LightningModule):
         groups, fused = parameter_groups(self.net, h), None if h.muon_lr else True
         optimizer = MuonSGD(groups, h.lr, h.momentum, nesterov=h.nesterov, fused=fused)
         trainer.fit_loop.setup_data()  # sets num_training_batches
+        if trainer.num_training_batches == math.inf:
+            raise ValueError("the training loader has no length: set limit_train_batches")
         # the last batch of an epoch always completes a step
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if h.warmup is None:

@@ -138,7 +138,6 @@ def test_loggers_of_ones_own_get_what_ours_get(own_folder):
 
 
 REFUSED = [
-    ("Timer", [], "Interval.step"),  # its default is no text
     ("BackboneFinetuning", [], "no attribute 'backbone'"),
     ("BaseFinetuning", [], "raised by freeze_before_training"),
     ("ThroughputMonitor", [], "batch_size_fn"),
@@ -146,23 +145,29 @@ REFUSED = [
     ("os.path", [], "not correspond to a subclass of Callback"),
     ("LearningRateFinder", ["--config", "demo"], "needs --model.muon_lr 0"),
     ("GradientAccumulationScheduler", [KEY + "scheduling={1: 2}"], "accumulate_grad_batches"),
-    ("EarlyStopping", [KEY + "monitor=val/accuracy"], "val/accuracy"),
+    ("EarlyStopping", [KEY + "monitor=valid_accuracy"], "did you mean val/acc?"),
+    ("ModelCheckpoint", [KEY + "monitor=val_loss"], "did you mean val/loss?"),
+    (
+        "EarlyStopping",
+        [KEY + "monitor=val/acc", "--data.val_size=0"],
+        "monitors val/acc, but nothing is validated",
+    ),
     ("OnExceptionCheckpoint", [KEY + "dirpath=."], "last.ckpt"),
 ]
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
-def test_a_misspelt_metric_is_told_before_the_first_step(name, own_folder, capfd):
+def test_an_unknown_metric_is_told_before_the_first_step(name, own_folder, capfd):
     """A warning: a callback of the user's may log it."""
     with pytest.raises(SystemExit) as end:
-        main([*FIT, *flags(name, monitor="val_loss")])
+        main([*FIT, *flags(name, monitor="f1")])
     assert end.value.code == 2
     lines = capfd.readouterr().err.splitlines()
-    assert lines[-2].startswith(f"allconv: {name} monitors val_loss, which allconv does not log")
-    assert "val_loss" in lines[-1]
+    assert lines[-2].startswith(f"allconv: {name} monitors f1, which allconv does not log")
+    assert "f1" in lines[-1]
 
 
-@pytest.mark.parametrize(("name", "more", "words"), REFUSED, ids=[name for name, *_ in REFUSED])
+@pytest.mark.parametrize(("name", "more", "words"), REFUSED, ids=str)
 def test_one_line_says_why_a_callback_cannot_work(name, more, words, own_folder, capfd):
     with pytest.raises(SystemExit) as end:
         main([*FIT, ADD + name, *more])
@@ -216,6 +221,52 @@ def test_checkpoints_may_be_written_by_a_plugin(own_folder):
     main([*FIT, "--trainer.plugins+=lightning.pytorch.plugins.io.TorchCheckpointIO"])
     main(["test"])
     assert LAST.is_file()
+
+
+def test_a_checkpoint_callback_of_the_same_metric(own_folder):
+    more = flags("ModelCheckpoint", monitor="val/acc", mode="max", save_top_k=3, filename="top")
+    main([*FIT, *more])
+    assert [len(list(LAST.parent.glob(f"{name}*.ckpt"))) for name in ("top", "best")] == [2, 1]
+
+
+def test_the_same_flags_again_do_not_repeat_a_callback(own_folder):
+    more = [*flags("ModelCheckpoint", filename="own"), "--trainer.logger+=CSVLogger",
+            "--trainer.logger.save_dir=csv"]  # fmt: skip
+    main([*FIT, *more])
+    main([*FIT, *more, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    trainer = yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]
+    assert (len(trainer["callbacks"]), len(trainer["logger"])) == (1, 1)
+
+
+def test_the_best_of_a_run_of_earlier_versions_is_known(own_folder):
+    main(FIT)
+    content = torch.load(LAST, weights_only=True)
+    (key,) = (key for key in content["callbacks"] if key.startswith("BestCheckpoint"))
+    state = content["callbacks"].pop(key) | {"best_model_score": torch.tensor(2.0)}
+    content["callbacks"][key.replace("BestCheckpoint", "ModelCheckpoint")] = state
+    torch.save(content, LAST)
+    before = LAST.with_name("best.ckpt").read_bytes()
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert LAST.with_name("best.ckpt").read_bytes() == before
+
+
+def test_config_has_what_a_finder_found(own_folder):
+    main([*FIT, *flags("BatchSizeFinder", max_trials=2)])
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["data"]["batch_size"] == 4
+
+
+def test_an_enumeration_among_the_arguments_of_a_callback(own_folder):
+    main([*FIT, *flags("Timer", duration="01:00:00:00")])
+    assert "interval: step" in (RUN / "config.yaml").read_text()
+
+
+def test_early_stopping_within_an_epoch(own_folder, capfd):
+    stop = flags("EarlyStopping", monitor="val/acc", mode="max", patience=1, min_delta=0.9)
+    main([*FIT, *stop, "--trainer.val_check_interval", "0.4", "--trainer.max_epochs", "5"])
+    lines = capfd.readouterr().out.splitlines()
+    (reason,) = (i for i, line in enumerate(lines) if line.startswith("stopped early: "))
+    assert lines[reason + 1].startswith("stopped in epoch 1 at step 4: last.ckpt is of 0 whole")
+    assert lines[reason + 2].startswith("best epoch 1 of 1 ")
 
 
 def test_an_older_run_is_not_tested_for_one_without_checkpoints(run, refused):

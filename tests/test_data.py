@@ -91,9 +91,7 @@ def test_order_depends_on_seed_and_epoch_alone(own_folder, monkeypatch):
 
 
 def test_a_single_image_of_the_dataset():
-    data = CIFAR100(demo=True)
-    data.prepare_data()
-    loader = data.val_dataloader()
+    loader = CIFAR100(demo=True).val_dataloader()
     images, labels = loader.dataset.images, loader.dataset.labels
     image, label = loader.dataset[7]
     assert image.shape == (3, 32, 32)

@@ -135,6 +135,32 @@ def test_a_loss_that_is_not_finite_is_one_line(own_folder):
     assert "start again with a lower model.lr" in line
 
 
+def test_an_error_of_all_processes_is_told_once(own_folder):
+    said = finish(*TINY, *TWO, "--trainer.sync_batchnorm", "true", expected=2)
+    (line,) = (line for line in said.splitlines() if line.startswith("allconv: "))
+    assert "SyncBatchNorm" in line
+
+
+PLAIN = """
+import lightning, torch
+from allconv import CIFAR100, Classifier
+trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp",
+                            limit_train_batches=2, logger=False, enable_checkpointing=False)
+task, data = Classifier(width=2), CIFAR100(demo=True)
+trainer.fit(task, data)
+print("val", int(trainer.callback_metrics["val/n"]))
+trainer.test(task, data)
+print("test", int(trainer.callback_metrics["test/n"]))
+"""
+
+
+def test_a_plain_trainer_of_two_processes_counts_each_image_once(own_folder):
+    Path("plain.py").write_text(PLAIN)
+    said = subprocess.run([sys.executable, "plain.py"], text=True, check=True, timeout=HANGS,
+                          capture_output=True).stdout  # fmt: skip
+    assert said.count("val 800\n") == said.count("test 1000\n") == 2
+
+
 RECORD_LABELS = """
 from pathlib import Path
 import torch

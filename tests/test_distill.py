@@ -84,7 +84,17 @@ def test_resuming_is_exact_and_the_teacher_is_known_by_its_content(run, refused)
     assert "its weights have changed" in refused(*more, code=1)
     Path("teacher.ckpt").unlink()
     assert "model.teacher is teacher.ckpt" in refused(*more, code=1)
+    assert "made with teacher.ckpt" in refused(*more, "--model.teacher", "null", code=1)
     main(["test"])  # needs no teacher
+    main([*more, "--model.teacher", str(run)])  # its best.ckpt, which is where it came from
+
+
+def test_a_teacher_is_recorded_by_its_file(run):
+    """Not as best, which would be the student itself when it is resumed."""
+    main([*TINY, "--model.teacher", "best", "--trainer.max_steps", "9"])
+    config = (run.with_name("version_1") / "config.yaml").read_text()
+    assert f"teacher: {run}/checkpoints/best.ckpt" in config
+    main(["fit", "--ckpt_path", "last"])
 
 
 def test_without_validation_images_any_split_of_the_teacher_will_do(run, refused):

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
+from allconv import rundir
 from allconv.__main__ import main
 from allconv.augment import normalize
 from allconv.data import CIFAR100
@@ -114,6 +115,29 @@ def test_a_stop_within_an_epoch_is_told_by_its_number(own_folder, capfd):
     main([*FIT, "--trainer.max_steps", "15", "--trainer.limit_val_batches", "0"])
     said = capfd.readouterr().out
     assert "stopped in epoch 2 at step 15: last.ckpt is of 1 whole epoch" in said
+
+
+def test_an_epoch_that_is_not_validated_shows_no_validation(own_folder, capfd):
+    main([*FIT, "--trainer.val_check_interval=15", "--trainer.check_val_every_n_epoch=null",
+          "--trainer.max_epochs=3"])  # fmt: skip
+    shown = [
+        line.split()[2]
+        for line in capfd.readouterr().out.splitlines()
+        if line[:5].strip().isdigit()
+    ]
+    assert [value == "-" for value in shown] == [True, False, False]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_metrics_do_not_lose_precision_with_the_weights(precision, run):
+    main(["test", "--trainer.precision", precision])
+    found = written(run, "test")
+    assert found["test/n"] == 1000
+    exact = found["test/loss"] * 1000  # a bfloat16 mean has 8 bits
+    assert exact != round(exact)
+    main([*FIT, "--trainer.precision", precision, "--trainer.max_epochs", "1"])
+    loss = rundir.read_metrics(run.with_name("version_1"))[0]["train/loss"]
+    assert loss != torch.tensor(loss).bfloat16().item()
 
 
 def test_a_run_with_a_callback_of_ones_own_is_resumed_by_naming_it_again(own_folder):

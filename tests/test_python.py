@@ -1,5 +1,6 @@
 """From Python, as a user of Lightning expects it: plain Trainer, loaders, checkpoints."""
 
+import pickle
 from pathlib import Path
 
 import lightning
@@ -164,6 +165,48 @@ def test_predict_takes_images_without_labels(loader):
     found = torch.cat(small().predict(task, DataLoader(images, 8)))
     labelled = torch.cat(small().predict(task, loader))
     torch.testing.assert_close(found, labelled)
+
+
+def test_validation_is_off_only_for_the_data_without_it(own_folder):
+    trainer = small(max_epochs=1, limit_train_batches=1)
+    with pytest.warns(UserWarning, match="across ranks is zero"):
+        trainer.fit(Classifier(width=2), CIFAR100(demo=True, val_size=0))
+    (found,) = trainer.validate(Classifier(width=2), CIFAR100(demo=True), verbose=False)
+    assert found["val/n"] == 800
+
+
+def test_another_number_of_classes_is_refused(own_folder):
+    with pytest.raises(ValueError, match=r"num_classes is 10, but the demo set .* has 100"):
+        small(max_epochs=1).fit(Classifier(width=2, num_classes=10), CIFAR100(demo=True))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_loader_without_a_length_needs_a_limit(own_folder):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(3, 32, 32), 0)] * 4)
+
+    loader = DataLoader(Stream(), batch_size=2)
+    with pytest.raises(ValueError, match="set limit_train_batches"):
+        small(max_epochs=1).fit(Classifier(width=2), loader)
+    small(max_epochs=1, limit_train_batches=2).fit(Classifier(width=2), loader)
+
+
+def test_a_plain_trainer_logs_the_hyperparameters(own_folder):
+    logger = lightning.pytorch.loggers.CSVLogger(".")
+    trainer = lightning.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1,
+        accelerator="cpu", logger=logger, enable_checkpointing=False, log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(Classifier(width=2, lr=0.03), CIFAR100(demo=True, crop=1))
+    text = Path(logger.log_dir, "hparams.yaml").read_text()
+    assert "lr: 0.03" in text
+    assert "crop: 1" in text
+
+
+def test_a_loader_can_be_pickled(own_folder):
+    loader = CIFAR100(demo=True).val_dataloader()
+    images, _ = next(iter(pickle.loads(pickle.dumps(loader))))
+    assert torch.equal(images, next(iter(loader))[0])
 
 
 def test_loaded_network_can_be_trained(run):

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
+from allconv.data import CIFAR100
 from allconv.errors import UsageError, UserError, say
 from allconv.rundir import write_whole
 from allconv.training.loggers import Table
@@ -136,18 +137,24 @@ REFUSED = {
 }
 
 
-def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
+def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool) -> None:
     """Refuse callbacks of Lightning that do not work with the settings.
 
     Raises:
         UsageError: the callback, and why.
     """
+    validated = trainer.limit_val_batches and (data.hparams.val_size or data.hparams.folder)
     for callback in trainer.callbacks:
         name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
-        if monitor and monitor not in LOGGED and trainer.is_global_zero:  # known after an epoch
-            names = ", ".join(sorted(LOGGED))
-            say(f"{name} monitors {monitor}, which allconv does not log; it logs {names}")
         why = REFUSED.get(name)
+        if monitor and monitor not in LOGGED:
+            near, names = _our_name(monitor), ", ".join(sorted(LOGGED))
+            if near in LOGGED:
+                why = f"it monitors {monitor}: did you mean {near}?"
+            elif trainer.is_global_zero:  # whether something else logs it is known after an epoch
+                say(f"{name} monitors {monitor}, which allconv does not log; it logs {names}")
+        elif str(monitor).startswith("val/") and not validated and name != "BestCheckpoint":
+            why = f"it monitors {monitor}, but nothing is validated"
         if resumed and name.endswith("Finder"):
             why = "it starts from the first epoch: leave it out of a resumed run"
         elif name == "LearningRateFinder" and (
@@ -158,6 +165,12 @@ def check(trainer: Trainer, task: LightningModule, resumed: bool) -> None:
             raise UsageError(f"{name}: {why}")
         if name == "ModelPruning":  # torch's pruning cannot flatten channels-last weights
             task.net.to(memory_format=torch.contiguous_format)
+
+
+def _our_name(metric: str) -> str:
+    """What a metric of another project, such as val_loss or valid_accuracy, is called here."""
+    name = metric.lower().replace("_", "/").replace("valid/", "val/")
+    return name.replace("accuracy", "acc")
 
 
 def plugins(given: list) -> list:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, Timer
@@ -103,12 +102,14 @@ class CLI(LightningCLI):
         """Instantiate model, data and trainer; what they raise is a usage error."""
         try:
             super().instantiate_classes()
+        except UserError:
+            raise
         except (*FLAG_ERRORS, RuntimeError) as error:  # of SLURM, the last
             raise UsageError(error) from None
-        found, data = self.model.net.num_classes, self.datamodule.dataset
-        if found != (n := len(data.classes)):
-            raise UsageError(f"model.num_classes is {found}, but {data.title} has {n} classes")
-        names = self.checkpoint and self.checkpoint.data.get("classes")
+        data, names = (
+            self.datamodule.dataset,
+            self.checkpoint and self.checkpoint.data.get("classes"),
+        )
         if names and (other := {*data.classes} - {*names}):
             raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.title}")
 
@@ -152,7 +153,7 @@ class CLI(LightningCLI):
         if config.init is not None:
             self._begin_with(checkpoints.load(checkpoints.find(config.init, self.logs, "init")))
         self.model.initialized = bool(self.checkpoint or config.init)
-        callbacks.check(trainer, self.model, resumed=bool(self.checkpoint))
+        callbacks.check(trainer, self.model, self.datamodule, resumed=bool(self.checkpoint))
         if done and 0 <= trainer.max_epochs <= done:
             raise UsageError(f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
         if trainer.world_size > 1:  # Lightning's handler would wait for the other processes
@@ -197,12 +198,11 @@ class CLI(LightningCLI):
             with runtime.stops():
                 getattr(self.trainer, self.subcommand)(**kwargs)
         except Exception as error:
-            time.sleep(0 if self.trainer.is_global_zero else 3)  # a signal comes if rank 0 is gone
             started = self.model.rate is not None or self.model.metrics["n"].update_called
             if self.created and not started:
                 shutil.rmtree(self.created)
             ours, launcher = isinstance(error, UserError), self.trainer.strategy.launcher
-            if not ours and (failed := runtime.first_failure(launcher)):
+            if failed := runtime.first_failure(launcher, 0 if ours else 3):
                 raise UserError(failed) from None  # the others only report that it is gone
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)
@@ -243,5 +243,5 @@ def _any(values: list, kind: type) -> bool:
 def main(args: list[str] | None = None) -> None:
     """Run fit, validate or test."""
     runtime.prepare()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, runtime.rank_zero_first():
         CLI(args, held)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from enum import Enum
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from allconv.rundir import best_row, read_rows, write_text
 from allconv.training.progress import run_directory
+
+# a default of Lightning's Timer, for one, is an enumeration member
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, e: dumper.represent_data(e.value))
 
 
 def loggers(run: Path, step: int) -> list[Logger]:
@@ -26,7 +30,13 @@ def loggers(run: Path, step: int) -> list[Logger]:
 
 
 class Board(TensorBoardLogger):
-    """TensorBoard without a chart of the epoch number."""
+    """TensorBoard without a chart of the epoch number; hyperparameters come with the results."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict, metrics: dict | None = None, **kwargs) -> None:
+        """Log them at the end of a run, not when Lightning does, before it."""
+        if metrics:
+            super().log_hyperparams(params, metrics, **kwargs)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -95,6 +105,16 @@ class SaveConfig(SaveConfigCallback):
         # TensorBoard takes regular expressions: train/loss alone would match train/loss_step
         chart = ["Multiline", ["^train/loss$", "^val/loss$"]]
         board.add_custom_scalars({"loss": {"training and validation": chart}})
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what a BatchSizeFinder or LearningRateFinder has found."""
+        found = {"data.batch_size": trainer.datamodule.hparams.batch_size}
+        found["model.lr"] = pl_module.hparams.lr
+        if changed := {k: v for k, v in found.items() if self.config[k] != v}:
+            for key, value in changed.items():
+                self.config[key] = value
+            self.save_config(trainer, pl_module, "fit")
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,10 @@ import time
 import warnings
 from collections.abc import Iterator
 
+from lightning.pytorch.utilities import rank_zero_only
+
+from allconv.errors import StoppedError
+
 # messages of Lightning that repeat what `Progress` says, or advertise
 NOISE = re.compile(
     r"(\[rank: \d+\] )?((GPU|TPU|HPU) available|Tip:|💡|Seed set to|`Trainer\.fit` stopped|Restor"
@@ -28,6 +32,7 @@ WARNINGS = (
     "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
     ".*smaller than the logging interval",  # a row per epoch, whatever the interval
     "You're using the WeightAveraging callback with a model",  # nothing is sharded
+    "Total length of `list` across ranks is zero",  # data.val_size is 0
     "The '.*_dataloader' does not have many workers",  # none are needed: a batch is one indexing
 )
 
@@ -72,15 +77,29 @@ def stops() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def rank_zero_first(seconds: float = 5) -> Iterator[None]:
+    """Let rank 0 report an error that all processes have, and end the others meanwhile."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except Exception:
+        time.sleep(seconds if rank_zero_only.rank else 0)
+        raise
+
+
 def first_failure(launcher: object, seconds: float = 3) -> str | None:
-    """Which of the processes that a launcher has started failed; it may take a moment to exit."""
-    processes, end = getattr(launcher, "procs", []), time.monotonic() + seconds
-    while processes and time.monotonic() < end:
+    """Which of the processes that a launcher has started failed within a time; all are ended."""
+    processes, end, failed = getattr(launcher, "procs", []), time.monotonic() + seconds, None
+    while processes and not failed and time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if process.poll():
-                return f"rank {rank} ended with code {process.returncode}"
+                failed = f"rank {rank} ended with code {process.returncode}"
         time.sleep(0.05)
-    return None
+    for process in processes:
+        process.terminate()
+    return failed
 
 
 def keep_memory() -> None:

@@ -55,7 +55,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
         elif "num_workers" in message:
             message += "; none are needed: the images are in memory, and a batch is one indexing"
         elif "arguments are required" in message:  # by a class that a value names
-            message += " (they follow the class: --trainer.logger.save_dir=DIR)"
+            name = message.split()[-1]
+            message += f" (after the class: --trainer.callbacks.{name}=VALUE, or trainer.logger)"
         super().error(message, ex)
 
 
@@ -228,4 +229,5 @@ def changes(before: dict[str, object], config: Namespace) -> list[str]:
         )
     if config.model.warmup is None and not config.data.sizes:  # nothing depends on it
         changed.discard("trainer.max_epochs")
-    return [f"{k} from {before[k]} to {now.get(k)}" for k in sorted(changed)]
+    told = {k: f"{k} from {before[k]} to {now.get(k)}" for k in sorted(changed)}
+    return [text if len(text) < 100 else key for key, text in told.items()]  # of callbacks
