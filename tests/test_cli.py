@@ -331,7 +331,7 @@ BAD_USAGE = {
     "--trainer.max_epochs 0": "max_epochs is 0: it must be above 0",
     "--trainer.max_steps 0": "max_steps is 0: it must be above 0",
     "--trainer.max_epochs abc": "max_epochs is abc: it must be a whole number or null",
-    "--trainer.callbacks+=EarlyStopping": "required: monitor (they follow the class",
+    "--trainer.callbacks+=EarlyStopping": "(after the class: --trainer.callbacks.monitor=",
     "--model.width abc": "model.width is abc: it must be a whole number",
     "--model.width 1.5": "model.width",
     "--model.width 0": "width is 0: it must be",

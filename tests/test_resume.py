@@ -205,6 +205,7 @@ def kept(run):
 
 
 def test_longer_is_the_same_run_with_one_flag_and_files_are_replaced_whole(run, capfd):
+    main(["test", "--ckpt_path", "last"])
     links = kept(run)
     before = {path: path.read_bytes() for path in links}
     for folder in (run, run / "checkpoints"):  # what a kill in a write left
@@ -217,8 +218,8 @@ def test_longer_is_the_same_run_with_one_flag_and_files_are_replaced_whole(run, 
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["trainer"]["max_epochs"] == 4
     assert config["ckpt_path"] is None
-    for name in ("config.yaml", "metrics.csv", "curves.png", "test.json", "test.png",
-                 "test_confusion.png", "checkpoints/last.ckpt"):  # fmt: skip
+    for name in ("config.yaml", "metrics.csv", "curves.png", "test_last.json",
+                 "test_last.png", "test_last_confusion.png", "checkpoints/last.ckpt"):  # fmt: skip
         path = run / name
         assert path.read_bytes() != before[path], name
         assert links[path].read_bytes() == before[path], name  # not written in place
