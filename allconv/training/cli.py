@@ -202,7 +202,7 @@ class CLI(LightningCLI):
             if self.created and not started:
                 shutil.rmtree(self.created)
             ours, launcher = isinstance(error, UserError), self.trainer.strategy.launcher
-            if failed := runtime.first_failure(launcher, 0 if ours else 3):
+            if failed := runtime.first_failure(launcher, 0 if ours else 5):
                 raise UserError(failed) from None  # the others only report that it is gone
             words = "conditioned on metric", "find the monitored key"  # said after an epoch
             late = started and not any(part in str(error) for part in words)

@@ -78,7 +78,7 @@ def stops() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rank_zero_first(seconds: float = 5) -> Iterator[None]:
+def rank_zero_first(seconds: float = 7) -> Iterator[None]:
     """Let rank 0 report an error that all processes have, and end the others meanwhile."""
     try:
         yield
@@ -89,7 +89,7 @@ def rank_zero_first(seconds: float = 5) -> Iterator[None]:
         raise
 
 
-def first_failure(launcher: object, seconds: float = 3) -> str | None:
+def first_failure(launcher: object, seconds: float = 5) -> str | None:
     """Which of the processes that a launcher has started failed within a time; all are ended."""
     processes, end, failed = getattr(launcher, "procs", []), time.monotonic() + seconds, None
     while processes and not failed and time.monotonic() < end:
