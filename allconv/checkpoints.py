@@ -115,19 +115,19 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside="bes
     """
     name = os.path.expanduser(str(name))
     if name not in ("best", "last"):
-        path = PRETRAINED if name == "pretrained" else Path(name)
+        named = [Path(name), logs / name, logs / f"version_{name}"]  # as `runs` lists them
+        path = PRETRAINED if name == "pretrained" else next(filter(Path.exists, named), named[0])
         if name and path.is_dir():
             path = path / ("" if path.name == "checkpoints" else "checkpoints") / f"{inside}.ckpt"
         if path.is_file():
             return path
-        raise CheckpointError(
-            f"{key} is {path if name else 'empty'}: no such file; or best, last, pretrained"
-        )
+        given = path if name else "empty"
+        raise CheckpointError(f"{key} is {given}: no such file; or best, last, pretrained")
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
             return path
-        if read_metrics(run):  # do not fall back to an older run
+        if (run / "config.yaml").is_file() and read_metrics(run):  # else another program's
             last = path.with_name("last.ckpt")
             hint = f"name {last}" if last.is_file() else "name another run"
             raise CheckpointError(f"{key} is {name}: {run}, the newest, has none; {hint}")

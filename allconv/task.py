@@ -172,6 +172,7 @@ class Classifier(LightningModule):
             losses = distill.loss(logits, answers, losses, mixed=labels.ndim > 1)
         self.train_loss.update(losses.detach())
         self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
         return losses.mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
@@ -203,7 +204,8 @@ class Classifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole split."""
         stage = "test" if self.trainer.testing else "val"
-        self.log_dict({f"{stage}/{name}": metric for name, metric in self.metrics.items()})
+        values = {f"{stage}/{name}": metric for name, metric in self.metrics.items()}
+        self.log_dict(values, prog_bar=True)
         if stage == "test" and self.hparams.flip_test:
             self.log("test/acc_flip", self.acc_flip)
 

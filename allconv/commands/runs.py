@@ -146,7 +146,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     given = parser.parse_args(args)
     logs = Path(given.logs)
-    logs = inner if (inner := logs / rundir.LOGS).is_dir() else logs
+    logs = inner if (inner := logs / rundir.LOGS).is_dir() and not rundir.runs(logs) else logs
     found = [*logs.glob("reference"), *rundir.runs(logs)] or [logs] * (rundir.number(logs) >= 0)
     runs = [describe(run) for run in found]
     if not runs:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from allconv import checkpoints, datasets, evaluation, rundir
 from allconv.data import CIFAR100
-from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError
+from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError, say
 from allconv.task import Classifier
 from allconv.training import callbacks, figures, runtime, settings
 from allconv.training.loggers import SaveConfig, loggers
@@ -96,7 +96,7 @@ class CLI(LightningCLI):
         if config.data.folder is not None and not told:
             config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
-        settings.settle(config, self.logs, command)
+        settings.settle(config, self.logs, command, resumed=bool(self.checkpoint))
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and trainer; what they raise is a usage error."""
@@ -150,7 +150,7 @@ class CLI(LightningCLI):
         """Read the data before creating the run directory, so a failure leaves no empty one."""
         config, trainer, run, step = self.config.fit, self.trainer, None, 0
         done = self.checkpoint and self.checkpoint.epoch
-        if config.init is not None:
+        if config.init is not None and not self.checkpoint:
             self._begin_with(checkpoints.load(checkpoints.find(config.init, self.logs, "init")))
         self.model.initialized = bool(self.checkpoint or config.init)
         callbacks.check(trainer, self.model, self.datamodule, resumed=bool(self.checkpoint))
@@ -167,6 +167,8 @@ class CLI(LightningCLI):
                 run, step = self.checkpoint.run, self.checkpoint.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
+            if not run and self.checkpoint:
+                say(f"{self.checkpoint.path} is in no run directory: this is a new run from it")
             if not run:
                 run = self.created = rundir.create(self.logs)
             self.held.enter_context(rundir.lock(run))
@@ -243,5 +245,6 @@ def _any(values: list, kind: type) -> bool:
 def main(args: list[str] | None = None) -> None:
     """Run fit, validate or test."""
     runtime.prepare()
+    sys.path.append(os.getcwd())  # for callbacks of the user's, as with python -m
     with contextlib.ExitStack() as held, runtime.rank_zero_first():
         CLI(args, held)

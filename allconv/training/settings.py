@@ -27,7 +27,7 @@ SPLIT = {"demo", "folder", "val_size", "split_seed"}
 # settings that may silently differ when a run is resumed
 FREE = re.compile(
     r"(config|recipe|ckpt_path|init|model\.teacher|data\.(data_dir|folder)|trainer\.(max_steps|"
-    r"max_time|default_root_dir|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler))\b"
+    r"max_time|default_root_dir|logger|enable_progress_bar|limit_test_batches|log_every_n_steps|profiler))\b"
 )
 # trainer settings that Lightning divides by
 DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
@@ -132,7 +132,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
-    return {k: v for k, v in settings.items() if k not in ("ckpt_path", "init")}
+    return {k: v for k, v in settings.items() if k != "ckpt_path"}
 
 
 def _trusted(value: object, named: str) -> object:
@@ -180,12 +180,13 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         _refuse_contradictions(checkpoint, config.model)
 
 
-def settle(config: Namespace, logs: Path, command: str) -> None:
+def settle(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
     """Replace settings by what they mean now, as config.yaml is to record it."""
     config.ckpt_path = None  # it belongs to this call, not to the run
     if isinstance(config.seed_everything, bool):  # random, and the same in all processes
         config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
-    for group, key in ((config, "init"), (config.model, "teacher")):
+    groups = {"teacher": config.model} if resumed else {"teacher": config.model, "init": config}
+    for key, group in groups.items():
         if command == "fit" and group[key] not in (None, "pretrained"):  # best changes with time
             group[key] = str(find(group[key], logs, key))
     for key in ("callbacks", "logger", "plugins"):  # flags may add what a resumed run has already
