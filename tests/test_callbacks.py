@@ -147,6 +147,7 @@ REFUSED = [
     ("GradientAccumulationScheduler", [KEY + "scheduling={1: 2}"], "accumulate_grad_batches"),
     ("EarlyStopping", [KEY + "monitor=valid_accuracy"], "did you mean val/acc?"),
     ("ModelCheckpoint", [KEY + "monitor=val_loss"], "did you mean val/loss?"),
+    ("ModelCheckpoint", [KEY + "filename=best"], "choose another filename"),
     (
         "EarlyStopping",
         [KEY + "monitor=val/acc", "--data.val_size=0"],

@@ -203,6 +203,20 @@ def test_a_plain_trainer_logs_the_hyperparameters(own_folder):
     assert "crop: 1" in text
 
 
+def test_the_bar_of_a_plain_trainer_has_figures(own_folder):
+    class Bar(lightning.pytorch.callbacks.RichProgressBar):
+        def on_validation_end(self, trainer, pl_module):
+            super().on_validation_end(trainer, pl_module)
+            shown.update(self.get_metrics(trainer, pl_module))
+
+    shown = {}
+    limits = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[Bar()], **limits)  # fmt: skip
+    trainer.fit(Classifier(width=2), CIFAR100(demo=True))
+    assert {"loss", "val/loss", "val/acc"} <= shown.keys()
+
+
 def test_a_loader_can_be_pickled(own_folder):
     loader = CIFAR100(demo=True).val_dataloader()
     images, _ = next(iter(pickle.loads(pickle.dumps(loader))))

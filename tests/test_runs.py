@@ -229,9 +229,28 @@ def test_a_run_may_be_named_and_needs_no_configuration(run, capsys):
 
 def test_the_weights_that_a_run_began_with_are_listed(run, capsys):
     main([*TINY, *"--trainer.max_epochs 1 --init last --model.teacher best".split()])
-    changes = listed(capsys)["runs"][1]["changes"]
-    assert "init last.ckpt" in changes
-    assert "teacher lightning_logs/version_0/checkpoints/best.ckpt" in changes
+    for epochs in (2, 3):  # also after it was resumed
+        changes = listed(capsys)["runs"][1]["changes"]
+        assert "init version_0/checkpoints/last.ckpt" in changes
+        assert "teacher lightning_logs/version_0/checkpoints/best.ckpt" in changes
+        main(f"fit --ckpt_path last --trainer.max_epochs {epochs}".split())
+
+
+def test_a_logger_may_write_among_the_runs(run, capsys):
+    log = "--trainer.logger CSVLogger --trainer.logger.save_dir . --trainer.max_epochs 1"
+    main([*TINY, *log.split()])
+    assert (run.with_name("version_2") / "metrics.csv").is_file()
+    main(["test"])
+    assert (run.with_name("version_1") / "test.json").is_file()
+    (run.parent / "lightning_logs").mkdir()
+    assert [row["number"] for row in listed(capsys)["runs"]] == [0, 1, 2]
+
+
+def test_a_run_is_named_by_its_number(run, capsys):
+    shutil.copytree(run, run.with_name("version_1"))
+    for name in ("0", "version_0"):
+        main(["validate", "--ckpt_path", name])
+        assert f"{run}/checkpoints/best.ckpt" in capsys.readouterr().out
 
 
 def test_without_runs_and_with_wrong_columns(own_folder, refused):
