@@ -256,7 +256,7 @@ def test_averaged_weights_are_resumed_exactly_and_evaluated(own_folder, monkeypa
     main(["validate", "--ckpt_path", "last"])
     expected = evaluate(RUN / "checkpoints/last.ckpt", "val")
     assert rows()[-1]["val/loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert written(RUN, "validate")["val/loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert written(RUN, "validate_last")["val/loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
 def test_loss_of_a_step_is_not_that_which_lightning_divided(own_folder):

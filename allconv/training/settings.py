@@ -185,10 +185,9 @@ def settle(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
     config.ckpt_path = None  # it belongs to this call, not to the run
     if isinstance(config.seed_everything, bool):  # random, and the same in all processes
         config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
-    groups = {"teacher": config.model} if resumed else {"teacher": config.model, "init": config}
-    for key, group in groups.items():
-        if command == "fit" and group[key] not in (None, "pretrained"):  # best changes with time
-            group[key] = str(find(group[key], logs, key))
+    for key in ("model.teacher",) if resumed else ("model.teacher", "init"):
+        if command == "fit" and config[key] not in (None, "pretrained"):  # best changes with time
+            config[key] = str(find(config[key], logs, key))
     for key in ("callbacks", "logger", "plugins"):  # flags may add what a resumed run has already
         if isinstance(values := config.trainer[key], list):
             config.trainer[key] = [v for i, v in enumerate(values) if v not in values[:i]]
