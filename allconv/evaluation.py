@@ -78,7 +78,6 @@ def _remark(checkpoint, data, split: str) -> str | None:
     keys = ("val_size", "split_seed", "digest")
     if split == "val" and any(trained.get(key, now[key]) != now[key] for key in keys):
         return "another split than in training: the network has seen some of these images"
-    return None
 
 
 def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:

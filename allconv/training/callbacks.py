@@ -153,7 +153,7 @@ def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool
                 why = f"it monitors {monitor}: did you mean {near}?"
             elif trainer.is_global_zero:  # whether something else logs it is known after an epoch
                 say(f"{name} monitors {monitor}, which allconv does not log; it logs {names}")
-        elif getattr(callback, "filename", None) == "best" and name == "ModelCheckpoint":
+        elif name == "ModelCheckpoint" and callback.filename == "best" and not callback.dirpath:
             why = "best.ckpt is kept for val/acc: choose another filename"
         elif str(monitor).startswith("val/") and not validated and name != "BestCheckpoint":
             why = f"it monitors {monitor}, but nothing is validated"

@@ -106,10 +106,8 @@ class CLI(LightningCLI):
             raise
         except (*FLAG_ERRORS, RuntimeError) as error:  # of SLURM, the last
             raise UsageError(error) from None
-        data, names = (
-            self.datamodule.dataset,
-            self.checkpoint and self.checkpoint.data.get("classes"),
-        )
+        data = self.datamodule.dataset
+        names = self.checkpoint and self.checkpoint.data.get("classes")
         if names and (other := {*data.classes} - {*names}):
             raise UsageError(f"{self.checkpoint.path} has no class {min(other)} of {data.title}")
 
