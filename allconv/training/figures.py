@@ -15,14 +15,21 @@ from allconv.training.progress import run_directory
 
 
 class Curves(Callback):
-    """Draws `curves.png` in the run directory after every epoch, so that a stopped run has it."""
+    """Draws `curves.png` in the run directory after every epoch, so that a stopped run has it.
+
+    After the epoch's checkpoint, which a Ctrl-C during the drawing would lose.
+    """
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the metrics of the whole run, before a resume too."""
         run = run_directory(trainer)
+        if not (rows := read_metrics(run)):
+            return
         title = f"AllCNN, width {pl_module.net.width}, on {trainer.datamodule.dataset.title}"
-        save(plots.curves(read_metrics(run), title), run / "curves.png", 100)
+        save(plots.curves(rows, title), run / "curves.png", 100)
+
+    on_train_end = on_train_epoch_start
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
