@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from allconv.errors import UserError
-from allconv.rundir import write_text
+from allconv.rundir import best_row, read_metrics, write_text
 
 
 def place(checkpoint, command: str) -> Path:
@@ -98,3 +98,12 @@ def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours
         return {}
     return found if of == (checkpoint, epoch, None) else {}
+
+
+def tested(run: Path) -> dict[str, object]:
+    """The results of `test` of a run: of best.ckpt, or of last.ckpt if there was no validation."""
+    if best := best_row(run):
+        # validated within an epoch, best.ckpt has not the whole of it
+        return read(run / "test", "best.ckpt", best["epoch"] + ("train/loss" in best))
+    epochs = read_metrics(run)
+    return read(run / "test_last", "last.ckpt", epochs[-1]["epoch"] + 1) if epochs else {}

@@ -1,5 +1,6 @@
 """`reproduce`: claims are listed, written into the tables, trained again and compared."""
 
+import json
 import shlex
 import shutil
 import signal
@@ -157,6 +158,19 @@ def test_the_teacher_of_a_claim_is_trained_first(own_folder, monkeypatch, capfd)
     best = "reproduced/wide/seed_43/lightning_logs/version_0/checkpoints/best.ckpt"
     assert ["--model.width 5" in line for line in fits] == [True, False]
     assert f"--model.teacher {best}" in fits[1]
+
+
+def test_a_claim_without_validation_is_of_the_last_epoch(own_folder, monkeypatch, capfd):
+    flags = shlex.join([*TINY[1:], "--data.val_size", "0"])
+    Path("claims.yaml").write_text(yaml.safe_dump({"all": {"all": claim(flags, "test/acc", 50)}}))
+    monkeypatch.setattr(reproduce, "CLAIMS", Path("claims.yaml"))
+    code("all")
+    root = "reproduced/all/seed_43/lightning_logs"
+    test, measured = capfd.readouterr().out.splitlines()[-1], f"{root}/version_0/test_last.json"
+    assert f"reproduced: {100 * json.loads(Path(measured).read_text())['test/acc']:.2f}" in test
+    main(["runs", "--logs", root, "--json"])
+    (row,) = json.loads(capfd.readouterr().out)["runs"]
+    assert f"reproduced: {100 * row['test/acc']:.2f}" in test
 
 
 def test_a_table_is_compared_and_drawn_and_fails_as_a_whole(tiny, capfd):

@@ -147,10 +147,10 @@ def measure(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> f
     run, metric = trained(name, found, out, data), found[name]["metric"]
     if metric.startswith("val/"):
         return 100 * rundir.read_metrics(run)[-1][metric]
-    of = (run / "test", "best.ckpt", rundir.best_row(run)["epoch"] + 1)
-    if not evaluation.read(*of):
-        _call(name, "test", "--ckpt_path", str(run), *data)
-    return 100 * evaluation.read(*of)[metric]
+    if not evaluation.tested(run):
+        checkpoint = run / f"checkpoints/{'best' if rundir.best_row(run) else 'last'}.ckpt"
+        _call(name, "test", "--ckpt_path", str(checkpoint), *data)
+    return 100 * evaluation.tested(run)[metric]
 
 
 def compare(name: str, claim: Claim, value: float, tolerance: float, how: str) -> bool:
