@@ -205,7 +205,7 @@ def _portable(value: object) -> object:
     if not isinstance(value, dict):
         return value
     kept = {k: _portable(v) for k, v in value.items() if v is not None and k not in PLACES}
-    for key, n in (("init", 3), ("folder", 1)):  # version_N/checkpoints/best.ckpt
+    for key, n in (("init", 3), ("teacher", 3), ("folder", 1)):  # version_N/checkpoints/best.ckpt
         if key in kept:
             kept[key] = "/".join(Path(str(kept[key])).parts[-n:])
     return kept

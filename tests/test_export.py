@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, TINY
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -60,6 +60,31 @@ def test_the_same_net_gives_the_same_bytes(run):
     for first in ("one.safetensors", PRETRAINED):
         main(["export", "--out", "two.safetensors", "--ckpt_path", str(first)])
         assert Path(first).read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_a_calibrated_net_gives_the_same_answers_with_a_lower_loss(run, capsys):
+    main(["validate"])
+    main("export --out net.safetensors --calibrate true".split())
+    temperature = float(capsys.readouterr().out.split("the temperature ")[1].split()[0])
+    main("validate --ckpt_path net.safetensors".split())
+    before, now = (
+        json.loads(Path(p).read_text()) for p in (run / "validate.json", "validate.json")
+    )
+    assert now["val/acc"] == before["val/acc"]
+    assert now["val/loss"] < before["val/loss"]
+    metadata = metadata_of("net.safetensors")
+    assert metadata["temperature"] == pytest.approx(temperature, abs=1e-4)
+    assert metadata["val"].keys() == {"acc", "top5", "n"}
+    main("export --out again.safetensors --ckpt_path net.safetensors --calibrate true".split())
+    assert "the temperature 1.0000" in capsys.readouterr().out
+    assert metadata_of("again.safetensors")["temperature"] == pytest.approx(temperature, abs=1e-4)
+
+
+def test_there_is_nothing_to_calibrate_on(own_folder, refused):
+    main([*TINY, "--data.val_size", "0"])
+    last = "lightning_logs/version_0/checkpoints/last.ckpt"
+    said = refused("export", "--out=x.onnx", "--calibrate=true", f"--ckpt_path={last}", code=1)
+    assert "data.val_size was 0" in said
 
 
 def test_an_exported_net_is_tested_like_its_checkpoint(run):

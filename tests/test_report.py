@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from allconv.__main__ import main
-from allconv.commands.report_statistics import calibration, fit_temperature, mcnemar, wilson
+from allconv.calibration import fit_temperature
+from allconv.commands.report_statistics import loss_and_ece, mcnemar, wilson
 from allconv.model import AllCNN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -175,8 +176,8 @@ def test_calibration():
     torch.manual_seed(0)
     logits = 2 * torch.randn(20_000, 10)
     labels = torch.distributions.Categorical(logits=logits).sample()
-    assert calibration(logits, labels)[1] < 0.01
-    loss, ece = calibration(3 * logits, labels)
+    assert loss_and_ece(logits, labels)[1] < 0.01
+    loss, ece = loss_and_ece(3 * logits, labels)
     assert math.isclose(loss, torch.nn.functional.cross_entropy(3 * logits, labels), rel_tol=1e-5)
     confidence, predicted = (3 * logits).softmax(1).max(1)
     # the net is too sure in every bin, so the gaps add up to that of the means
@@ -184,8 +185,8 @@ def test_calibration():
     assert math.isclose(ece, gap, abs_tol=1e-3)
     temperature = fit_temperature(3 * logits, labels)
     assert math.isclose(temperature, 3, rel_tol=0.03)
-    best = calibration(3 * logits / temperature, labels)[0]
-    assert all(best < calibration(3 * logits / (temperature * x), labels)[0] for x in (0.99, 1.01))
+    best = loss_and_ece(3 * logits / temperature, labels)[0]
+    assert all(best < loss_and_ece(3 * logits / (temperature * x), labels)[0] for x in (0.99, 1.01))
 
 
 BAD = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # between ONNX Runtime's logits and torch's, as a share of the largest
 
 
-def export(out: str, ckpt_path: str = "best") -> None:
+def export(out: str, ckpt_path: str = "best", calibrate: bool = False) -> None:
     """Write a trained network as .onnx or .safetensors, with its metadata.
 
     Args:
@@ -32,6 +32,8 @@ def export(out: str, ckpt_path: str = "best") -> None:
             .safetensors (the weights).
         ckpt_path: best or last (of the newest run that has it), pretrained, a run directory, or a
             file.
+        calibrate: divide the logits by the temperature that fits the validation images best; this
+            changes probabilities, and no prediction.
     """
     path, writers = Path(out), {".onnx": _onnx, ".safetensors": _safetensors}
     if path.suffix not in writers:
@@ -39,8 +41,10 @@ def export(out: str, ckpt_path: str = "best") -> None:
     from allconv import checkpoints
 
     checkpoint = checkpoints.load(checkpoints.find(ckpt_path))
-    metadata = describe(checkpoint)
-    content, remark = writers[path.suffix](checkpoint.net(), metadata)
+    metadata, net = describe(checkpoint), checkpoint.net()
+    if calibrate:
+        _calibrate(net, checkpoint, metadata)
+    content, remark = writers[path.suffix](net, metadata)
     rundir.write_whole(path, lambda file: file.write(content))
     results = [f"{k}/acc {metadata[k]['acc']:.4f}" for k in ("val", "test") if k in metadata]
     print(f"{checkpoint.path}, epoch {metadata['epoch']}: {', '.join(results) or 'not evaluated'}")
@@ -76,6 +80,26 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
         if found := evaluation.read(evaluation.place(checkpoint, command), *of):
             metadata[split] = {k: found[f"{split}/{k}"] for k in ("acc", "top5", "loss", "n")}
     return metadata
+
+
+def _calibrate(net: "AllCNN", checkpoint: "Checkpoint", metadata: dict[str, object]) -> None:
+    """Divide the net's logits by a fitted temperature, and add it to the metadata."""
+    from allconv import calibration
+
+    keys = {"val_size", "split_seed"} & {*checkpoint.data}
+    checkpoint.dataset.prepare()
+    held_out = checkpoint.dataset.load("train", **{key: checkpoint.data[key] for key in keys})[
+        "val"
+    ]
+    if not len(held_out):
+        raise UserError("there are no validation images to calibrate on: data.val_size was 0")
+    logits = calibration.logits(net, held_out.images, f"{len(held_out):,} validation images")
+    temperature = calibration.fit_temperature(logits, held_out.labels)
+    calibration.divide_logits_(net, temperature)
+    metadata["temperature"] = temperature * metadata.get("temperature", 1)
+    for split in {"val", "test"} & {*metadata}:
+        metadata[split].pop("loss", None)  # it was that of other probabilities
+    print(f"logits divided by the temperature {temperature:.4f}")
 
 
 def _safetensors(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from allconv.commands.report_statistics import Evaluation, evidence
+from allconv.calibration import evidence
+from allconv.commands.report_statistics import Evaluation
 from allconv.plots import BLUE, GREY, VERMILION, curves, legend, sample, style
 
 

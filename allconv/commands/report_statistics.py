@@ -6,20 +6,17 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from allconv.augment import normalize
+from allconv import calibration
 from allconv.checkpoints import Checkpoint
-from allconv.datasets.cifar100 import MEAN, STD, Images
+from allconv.datasets.cifar100 import Images
 from allconv.errors import UserError
 from allconv.model import AllCNN
 from allconv.training import runtime
 
-BATCH = 500  # images; takes the least CPU time, of 50 to 500
 Z = 1.959964  # standard errors on each side of a 95 % interval
 
 
@@ -68,13 +65,6 @@ def read_sets(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -
     return sets
 
 
-@torch.inference_mode()
-def evidence(net: AllCNN, images: Tensor) -> Tensor:
-    """Class evidence maps (N, classes, 8, 8) of uint8 images; their means are the logits."""
-    images = images.to(net.conv1[0].weight.device)
-    return net.maps(normalize(images, MEAN, STD)).cpu()
-
-
 def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, Images]) -> Evaluation:
     """Run the network over each set that is not empty; the last one is reported."""
     runtime.keep_memory()
@@ -83,13 +73,11 @@ def evaluate(key: str, checkpoint: Checkpoint, sets: dict[str, Images]) -> Evalu
         images, labels = data.images, data.labels
         if not len(labels):
             continue
-        title = f"{key}: {len(images):,} {split} images"
-        batches = track(images.split(BATCH), title, console=Console(stderr=True))
-        logits = torch.cat([evidence(net, batch).mean((2, 3)) for batch in batches])
+        logits = calibration.logits(net, images, f"{key}: {len(images):,} {split} images")
         if not logits.isfinite().all():
             raise UserError(f"{checkpoint.path}: its logits are not all finite")
         if split == "val":
-            temperature = fit_temperature(logits, labels)
+            temperature = calibration.fit_temperature(logits, labels)
     return Evaluation(key, checkpoint, net, images, labels, logits, temperature)
 
 
@@ -103,7 +91,7 @@ def results(e: Evaluation) -> dict[str, str]:
     data = e.checkpoint.dataset
     best = e.logits.topk(min(5, e.logits.shape[1])).indices
     top5 = (best == e.labels[:, None]).any(1).double().mean().item()
-    loss, ece = calibration(e.logits, e.labels)
+    loss, ece = loss_and_ece(e.logits, e.labels)
     found = {
         "accuracy (top 1)": percent(e.acc),
         "95 % interval": f"{100 * e.interval[0]:.2f} to {percent(e.interval[1])}",
@@ -118,7 +106,7 @@ def results(e: Evaluation) -> dict[str, str]:
         inside = sum(e.matrix[group][:, group].sum().item() for group in groups)
         found["superclass accuracy"] = percent(inside / len(e.labels))
     if e.temperature:
-        loss, ece = calibration(e.logits / e.temperature, e.labels)
+        loss, ece = loss_and_ece(e.logits / e.temperature, e.labels)
         found |= {"temperature": f"{e.temperature:.4f}", "ECE, calibrated": percent(ece)}
         found["cross-entropy, calibrated"] = f"{loss:.4f}"
     return found
@@ -160,19 +148,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature with the lowest cross-entropy (Guo et al., 2017), by bisection."""
-    logits, low, high = logits.double(), 0.01, 100.0
-    of_labels = logits.gather(1, labels[:, None]).mean()
-    for _ in range(40):
-        middle = math.sqrt(low * high)
-        # the derivative is zero where the expected logit equals the mean logit of the true classes
-        expected = ((logits / middle).softmax(1) * logits).sum(1).mean()
-        low, high = (middle, high) if expected > of_labels else (low, middle)
-    return middle
-
-
-def calibration(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+def loss_and_ece(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Cross-entropy, and expected calibration error in 15 bins of equal width."""
     shares = logits.double().softmax(1)
     error = multiclass_calibration_error(shares, labels, logits.shape[1], n_bins=15)
