@@ -20,6 +20,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'allconv' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def load(name: str = "pretrained"):
     """A trained network, ready to use.
 

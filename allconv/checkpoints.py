@@ -122,7 +122,7 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside="bes
         if path.is_file():
             return path
         given = path if name else "empty"
-        raise CheckpointError(f"{key} is {given}: no such file; or best, last, pretrained")
+        raise CheckpointError(f"{key} is {given}: no such file or run; or best, last, pretrained")
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():

@@ -147,6 +147,7 @@ REFUSED = [
     ("GradientAccumulationScheduler", [KEY + "scheduling={1: 2}"], "accumulate_grad_batches"),
     ("EarlyStopping", [KEY + "monitor=valid_accuracy"], "did you mean val/acc?"),
     ("ModelCheckpoint", [KEY + "monitor=val_loss"], "did you mean val/loss?"),
+    ("EarlyStopping", [KEY + "monitor=val/acc"], "mode min, which looks for the worst"),
     ("ModelCheckpoint", [KEY + "filename=best"], "choose another filename"),
     (
         "EarlyStopping",
@@ -268,7 +269,7 @@ def test_early_stopping_within_an_epoch(own_folder, capfd):
     stop = flags("EarlyStopping", monitor="val/acc", mode="max", patience=1, min_delta=0.9)
     main([*FIT, *stop, "--trainer.val_check_interval", "0.4", "--trainer.max_epochs", "5"])
     lines = capfd.readouterr().out.splitlines()
-    told = "stopped in epoch 1 at step 4: last.ckpt is of 0 whole epochs"
+    told = "stopped at step 4: last.ckpt holds 0 whole epochs"
     (where,) = (i for i, line in enumerate(lines) if line.startswith(told))
     assert lines[where + 1].startswith("best epoch 1 of 1 ")
     if hasattr(callbacks.EarlyStopping("val/acc"), "stopping_reason_message"):  # from 2.6 on

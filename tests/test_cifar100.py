@@ -181,7 +181,7 @@ def test_missing_file_is_named(tables, official, refused):
     (write_binary(tables, "data") / "test.bin").unlink()
     line = refused("test", "--ckpt_path", "pretrained", code=1)
     assert "test.bin" in line
-    assert "data.data_dir" in line or "data/cifar-100-binary" in line
+        assert "(data_dir)" in line or "data/cifar-100-binary" in line
 
 
 def test_a_pipe_is_no_data_file(tables, official, refused):
@@ -309,7 +309,7 @@ def test_failed_download_says_what_to_do_and_the_next_one_works(
     line = refused(*FIT, code=1).split("allconv: ")[-1]
     for part in ("download failed", str(Path("data").absolute()), "169,001,437 bytes",
                  "eb9058c3a382ffc7106e4002c42a8d85", "03b5dce01913d631647c71ecec9e9cb8",
-                 "train.bin 12,296,000", "--data.demo true"):  # fmt: skip
+                 "train.bin 12,296,000", "fit --config demo"):  # fmt: skip
         assert part in line
     assert not Path("lightning_logs").exists()
     server.stop.set()

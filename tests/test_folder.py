@@ -149,8 +149,8 @@ def test_two_runs_are_compared(own_run):
 def test_pretrained_weights_but_for_the_last_layer(own_folder, capfd):
     pets()
     main(
-        "fit --data.folder pets --init pretrained --trainer.max_epochs 1 --model.lr 1e-30 "
-        "--model.weight_decay 0 --model.dropout 0 --model.dirac true --model.whiten true "
+        "fit --config finetune --data.folder pets --trainer.max_epochs 1 --model.lr 1e-30 "
+        "--model.weight_decay 0 --model.dirac true --model.whiten true "
         "--trainer.limit_train_batches 1 --trainer.limit_val_batches 0".split()
     )
     said = [line for line in capfd.readouterr().out.splitlines() if "last layer" in line]

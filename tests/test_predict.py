@@ -60,7 +60,7 @@ def test_formats_modes_and_sizes(run, photo, capsys):
     assert [row["image"] for row in rows] == [str(p) for p in expected for _ in range(2)]
     assert [row["rank"] for row in rows] == ["1", "2"] * len(expected)
     main(["predict", "pics", "--ckpt_path", "best"])
-    assert "pics: 3 other or hidden files" in capsys.readouterr().err
+    assert "pics: 3 other or hidden files ignored .txt\n" in capsys.readouterr().err
 
 
 def test_a_cifar_image_goes_through_unchanged(own_folder):

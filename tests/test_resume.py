@@ -88,7 +88,7 @@ def test_stopped_inside_an_epoch_and_resumed_equals_never_stopped(steps, own_fol
 def test_stopped_in_the_first_epoch_is_not_tested_but_goes_on(own_folder, capfd, refused):
     main([*TINY, "--trainer.max_steps", "5"])
     said = capfd.readouterr().out
-    assert "last.ckpt is of 0 whole epochs" in said
+    assert "last.ckpt holds 0 whole epochs" in said
     assert "allconv test" not in said
     assert torch.load(LAST, weights_only=True)["global_step"] == 0
     assert not (RUN / "metrics.csv").exists()
@@ -100,13 +100,17 @@ def test_stopped_in_the_first_epoch_is_not_tested_but_goes_on(own_folder, capfd,
     assert rows(RUN) == 1
 
 
-def test_max_time_ends_a_run_after_a_whole_epoch(own_folder):
+def test_max_time_ends_a_run_after_a_whole_epoch(own_folder, capfd):
     main([*TINY, "--trainer.max_epochs", "500", "--trainer.max_time", "00:00:00:01"])
     done = rows(RUN)
     assert 0 < done < 500
+    assert f"holds {done} whole epoch" in capfd.readouterr().out
     assert torch.load(LAST, weights_only=True)["global_step"] == 9 * done
     main([*RESUME, "--trainer.max_epochs", str(done + 1)])
     assert rows(RUN) == done + 1
+    said = capfd.readouterr()
+    assert "left out: the run's trainer.max_time" in said.err
+    assert "whole epoch" not in said.out
 
 
 @pytest.mark.parametrize(

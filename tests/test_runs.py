@@ -137,6 +137,17 @@ def test_sorting_and_plain_text_in_a_pipe(run, capsys):
     assert "long" * 50 in lines[2]
 
 
+def test_a_narrow_terminal_has_the_changes_below_the_run(run, capsys, monkeypatch):
+    copied(run, 1, 44, cutmix=0.5)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    main(["runs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line[:1].strip()][:3] == ["number", "0", "1"]
+    assert "changes: width 4, demo True" in lines[2]
+
+
 def test_an_ascii_terminal_gets_the_seeds_too(run):
     copied(run, 1, 44)
     for variables in ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}):

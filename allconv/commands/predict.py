@@ -66,7 +66,8 @@ def _files(names: list[str]) -> list[str]:
         shown = [path for path in inside if "/." not in f"/{path.relative_to(name).as_posix()}"]
         found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
         if ignored := len(inside) - len(found):
-            say(f"{name}: {ignored:,} other or hidden files ignored")
+            endings = " ".join(sorted({path.suffix for path in shown} - {p.suffix for p in found}))
+            say(f"{name}: {ignored:,} other or hidden files ignored {endings}".rstrip())
         files += [str(path) for path in found] or [name]
     return files
 

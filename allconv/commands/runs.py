@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ COLUMNS = "number recipe data width epochs val/acc best_epoch test/acc seed when
 # columns of the table over seeds: one value for all, and one per seed
 SAME = ("recipe", "data", "width", "epochs", "max_epochs", "changes")
 LISTED = ("number", "seed", "val/acc", "test/acc")
+BELOW = ("best_epoch", "when", "changes", "problem")  # below the row, in a narrow terminal
 
 
 def describe(run: Path) -> tuple[Row, dict[str, object]]:
@@ -125,13 +128,23 @@ def _cell(row: Row, key: str) -> str:
     return f"{value:.4f}" if isinstance(value, float) else printable(value)
 
 
+def _align(rows: list[Row], keys: list[str]) -> list[str]:
+    """The rows as lines of a table, below its header."""
+    table = [keys, *([_cell(row, key) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+
+
 def _print(rows: list[Row]) -> None:
     ill = any(row.get("problem") for row in rows)
     keys = [key for key in COLUMNS.split() if key in rows[0] and (ill or key != "problem")]
-    table = [keys, *([_cell(row, key) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+    lines, width = _align(rows, keys), shutil.get_terminal_size().columns
+    if sys.stdout.isatty() and max(map(len, lines)) > width:
+        lines = _align(rows, [key for key in keys if key not in BELOW])
+        for i, row in enumerate(rows, 1):
+            text = "  ".join(f"{key}: {_cell(row, key)}" for key in BELOW if row.get(key))
+            lines[i] += "".join(f"\n    {line}" for line in textwrap.wrap(text, width - 4))
+    print("\n".join(lines))
 
 
 def main(args: list[str]) -> None:

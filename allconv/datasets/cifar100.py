@@ -202,10 +202,10 @@ class Official:
 
     def _how_to_get(self) -> str:
         return (
-            f"no CIFAR-100 in {self.path.absolute()} (data.data_dir); put there {PYTHON}.tar.gz "
+            f"no CIFAR-100 in {self.path.absolute()} (data_dir); put there {PYTHON}.tar.gz "
             f"(169,001,437 bytes, md5 {PYTHON_MD5}) or {BINARY}.tar.gz (md5 {BINARY_MD5}), packed "
             f"or unpacked ({BINARY}/train.bin {COUNT['train'] * RECORD:,} and test.bin "
-            f"{COUNT['test'] * RECORD:,} bytes), or try without it: --data.demo true"
+            f"{COUNT['test'] * RECORD:,} bytes); without it: python -m allconv fit --config demo"
         )
 
 

@@ -129,6 +129,7 @@ class StepLoss(Callback):
 
 
 LOGGED = {"train/loss", "val/loss", "val/acc", "val/top5", "val/n", "lr"}
+WORST = {("val/acc", "min"), ("val/top5", "min"), ("val/loss", "max"), ("train/loss", "max")}
 REFUSED = {
     "GradientAccumulationScheduler": "it changes the number of steps, which the learning rate "
     "depends on; use --trainer.accumulate_grad_batches",
@@ -157,6 +158,8 @@ def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool
             why = "best.ckpt is kept for val/acc: choose another filename"
         elif str(monitor).startswith("val/") and not validated and name != "BestCheckpoint":
             why = f"it monitors {monitor}, but nothing is validated"
+        elif (monitor, getattr(callback, "mode", None)) in WORST:
+            why = f"it monitors {monitor} with mode {callback.mode}, which looks for the worst"
         if resumed and name.endswith("Finder"):
             why = "it starts from the first epoch: leave it out of a resumed run"
         elif name == "LearningRateFinder" and (

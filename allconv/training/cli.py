@@ -83,7 +83,7 @@ class CLI(LightningCLI):
         name = named.get("ckpt_path")
         name = "best" if name is None and command != "fit" else name
         if name is not None:
-            if named.get("init") is not None:
+            if any(flag.startswith("--init=") for flag in rest):  # a file's is of its start
                 raise UsageError("--init starts a new run and --ckpt_path resumes one: pass one")
             path = checkpoints.find(name, self.logs, inside="last" if command == "fit" else "best")
             self.checkpoint = checkpoints.load(path, resume=command == "fit")
@@ -180,7 +180,9 @@ class CLI(LightningCLI):
         net, path, weights = self.model.net, initial.path, initial.weights
         width, there = initial.hparams["width"], initial.hparams["num_classes"]
         if width != net.width:
-            raise checkpoints.CheckpointError(f"{path}: made with width {width}, not {net.width}")
+            raise checkpoints.CheckpointError(
+                f"{path}: made with width {width}, not {net.width}; --init null takes no weights"
+            )
         if there != net.num_classes:
             weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
             counts = f"{there} classes there, {net.num_classes} here"

@@ -176,10 +176,12 @@ class Progress(Callback):
             if reason and not callback.verbose:
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
-        if whole < epochs:
+        early = any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks)
+        if whole < epochs or (whole < trainer.max_epochs and not early):
             self._print(
-                f"stopped in epoch {epochs} at step {trainer.global_step}: last.ckpt is of "
-                f"{whole} whole epochs; go on with: python -m allconv fit --ckpt_path {last}"
+                f"stopped at step {trainer.global_step:,}: last.ckpt holds {whole} whole "
+                f"epoch{'' if whole == 1 else 's'}; go on with: python -m allconv fit --ckpt_path "
+                f"{last}"
             )
         if best := best_row(run):
             title = trainer.datamodule.dataset.title

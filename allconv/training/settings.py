@@ -47,7 +47,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Point to the settings that other LightningCLI projects have under other names."""
-        if re.search(r"--(model\.)?(optimizer|lr_scheduler|learning_rate)\b", message):
+        if re.search(r"(--|')(model\.)?(optimizer|lr_scheduler|learning_rate)\b", message):
             message = (
                 "optimizer and schedule are settings of the model here: --model.lr, "
                 "--model.momentum, --model.milestones, --model.warmup, --model.muon_lr"
@@ -116,8 +116,9 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
     trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
     left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
-    for key in left_out if command == "fit" else left_out | {"logger"}:
-        trainer.pop(key, None)
+    for key in left_out if command == "fit" else left_out | {"logger", "profiler"}:
+        if trainer.pop(key, None) not in (None, -1) and command == "fit":
+            say(f"left out: the run's trainer.{key}, which would end it again at once")
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
