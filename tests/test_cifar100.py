@@ -181,7 +181,7 @@ def test_missing_file_is_named(tables, official, refused):
     (write_binary(tables, "data") / "test.bin").unlink()
     line = refused("test", "--ckpt_path", "pretrained", code=1)
     assert "test.bin" in line
-        assert "(data_dir)" in line or "data/cifar-100-binary" in line
+    assert "(data_dir)" in line or "data/cifar-100-binary" in line
 
 
 def test_a_pipe_is_no_data_file(tables, official, refused):
