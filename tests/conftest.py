@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ importlib.import_module("lightning.pytorch")
 
 REPO = Path(__file__).resolve().parent.parent
 HANGS = 600  # seconds that only a hang takes, however busy the machine
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 TINY = (
@@ -35,7 +37,9 @@ def own_folder(tmp_path, monkeypatch):
     # what Lightning tells its child processes, not a next test
     monkeypatch.setenv("PL_GLOBAL_SEED", "")
     monkeypatch.delenv("PL_GLOBAL_SEED")
-    return tmp_path
+    yield tmp_path
+    for number, handler in HANDLERS.items():  # else Ctrl-C would not stop pytest
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
