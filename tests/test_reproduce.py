@@ -62,6 +62,7 @@ def test_claims_are_listed_with_their_cost(capsys):
     (demo,) = (line for line in lines if " demo " in line)
     assert "val/acc  81.40" in demo
     assert "12 s on 2 idle CPU cores" in demo
+    assert any("distilled from `wide` (trains wide first)" in line for line in lines)
     assert len(lines) == len(CLAIMS) + 2
 
 

@@ -214,5 +214,7 @@ def main(args: list[str]) -> None:
     if not given.tables:
         for name, claim in found.items():
             value = f"{claim['metric']:8} {claim['expected']:5.2f} +- {claim['tolerance']:.2f}"
-            print(f"{claim['table']:16} {name:21} {value}  {_cost(claim):27} {claim['what']}")
+            first = f" (trains {claim['teacher']} first)" if "teacher" in claim else ""
+            what = f"{claim['what']}{first}"
+            print(f"{claim['table']:16} {name:21} {value}  {_cost(claim):27} {what}")
         print("\ntrain one again, or all of a table: python -m allconv reproduce NAME")
