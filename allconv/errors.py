@@ -189,11 +189,12 @@ def _last(name: str) -> str:
 
 
 class Help(DefaultHelpFormatter):
-    """Help without a default of null: the text says what it stands for."""
+    """Help without a default of null, which the text explains, or of a flag without a value."""
 
     def _expand_help(self, action: Action) -> str:
         text = super()._expand_help(action)
-        return text.replace(" (default: null)", "").replace(", default: null)", ")")
+        text = text.replace(" (default: null)", "").replace(" (default: False)", "")
+        return text.replace(", default: null)", ")")
 
 
 class Parser(OneLineErrors, ArgumentParser):

@@ -64,7 +64,7 @@ def test_the_same_net_gives_the_same_bytes(run):
 
 def test_a_calibrated_net_gives_the_same_answers_with_a_lower_loss(run, capsys):
     main(["validate"])
-    main("export --out net.safetensors --calibrate true".split())
+    main("export --out net.safetensors --calibrate".split())
     temperature = float(capsys.readouterr().out.split("the temperature ")[1].split()[0])
     main("validate --ckpt_path net.safetensors".split())
     before, now = (
@@ -75,7 +75,7 @@ def test_a_calibrated_net_gives_the_same_answers_with_a_lower_loss(run, capsys):
     metadata = metadata_of("net.safetensors")
     assert metadata["temperature"] == pytest.approx(temperature, abs=1e-4)
     assert metadata["val"].keys() == {"acc", "top5", "n"}
-    main("export --out again.safetensors --ckpt_path net.safetensors --calibrate true".split())
+    main("export --out again.safetensors --ckpt_path net.safetensors --calibrate".split())
     assert "the temperature 1.0000" in capsys.readouterr().out
     assert metadata_of("again.safetensors")["temperature"] == pytest.approx(temperature, abs=1e-4)
 
@@ -83,7 +83,7 @@ def test_a_calibrated_net_gives_the_same_answers_with_a_lower_loss(run, capsys):
 def test_there_is_nothing_to_calibrate_on(own_folder, refused):
     main([*TINY, "--data.val_size", "0"])
     last = "lightning_logs/version_0/checkpoints/last.ckpt"
-    said = refused("export", "--out=x.onnx", "--calibrate=true", f"--ckpt_path={last}", code=1)
+    said = refused("export", "--out=x.onnx", "--calibrate", f"--ckpt_path={last}", code=1)
     assert "data.val_size was 0" in said
 
 

@@ -32,8 +32,7 @@ def export(out: str, ckpt_path: str = "best", calibrate: bool = False) -> None:
             .safetensors (the weights).
         ckpt_path: best or last (of the newest run that has it), pretrained, a run directory, or a
             file.
-        calibrate: divide the logits by the temperature that fits the validation images best; this
-            changes probabilities, and no prediction.
+        calibrate: divide the logits by the temperature that fits the validation images best.
     """
     path, writers = Path(out), {".onnx": _onnx, ".safetensors": _safetensors}
     if path.suffix not in writers:
@@ -158,5 +157,7 @@ def _onnx(net: "AllCNN", metadata: dict[str, object]) -> tuple[bytes, str]:
 def main(args: list[str]) -> None:
     """Run the command."""
     parser = Parser(prog="allconv export")
-    parser.add_function_arguments(export)
+    parser.add_function_arguments(export, skip={"calibrate"})
+    text = "Fit the probabilities to the validation images (temperature scaling)."
+    parser.add_argument("--calibrate", action="store_true", help=text)
     export(**parser.parse_args(args).as_dict())
