@@ -103,7 +103,7 @@ def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
 def tested(run: Path) -> dict[str, object]:
     """The results of `test` of a run: of best.ckpt, or of last.ckpt if there was no validation."""
     if best := best_row(run):
-        # validated within an epoch, best.ckpt has not the whole of it
+        # a validation within an epoch saves best.ckpt before the epoch counts
         return read(run / "test", "best.ckpt", best["epoch"] + ("train/loss" in best))
     epochs = read_metrics(run)
     return read(run / "test_last", "last.ckpt", epochs[-1]["epoch"] + 1) if epochs else {}

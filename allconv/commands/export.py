@@ -85,19 +85,17 @@ def _calibrate(net: "AllCNN", checkpoint: "Checkpoint", metadata: dict[str, obje
     """Divide the net's logits by a fitted temperature, and add it to the metadata."""
     from allconv import calibration
 
-    keys = {"val_size", "split_seed"} & {*checkpoint.data}
+    split = {k: v for k, v in checkpoint.data.items() if k in ("val_size", "split_seed")}
     checkpoint.dataset.prepare()
-    held_out = checkpoint.dataset.load("train", **{key: checkpoint.data[key] for key in keys})[
-        "val"
-    ]
+    held_out = checkpoint.dataset.load("train", **split)["val"]
     if not len(held_out):
         raise UserError("there are no validation images to calibrate on: data.val_size was 0")
     logits = calibration.logits(net, held_out.images, f"{len(held_out):,} validation images")
     temperature = calibration.fit_temperature(logits, held_out.labels)
     calibration.divide_logits_(net, temperature)
     metadata["temperature"] = temperature * metadata.get("temperature", 1)
-    for split in {"val", "test"} & {*metadata}:
-        metadata[split].pop("loss", None)  # it was that of other probabilities
+    for name in {"val", "test"} & {*metadata}:
+        metadata[name].pop("loss", None)  # it was that of other probabilities
     print(f"logits divided by the temperature {temperature:.4f}")
 
 

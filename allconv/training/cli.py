@@ -83,7 +83,7 @@ class CLI(LightningCLI):
         name = named.get("ckpt_path")
         name = "best" if name is None and command != "fit" else name
         if name is not None:
-            if any(flag.startswith("--init=") for flag in rest):  # a file's is of its start
+            if any(flag.startswith("--init=") for flag in rest):  # a recipe may have one
                 raise UsageError("--init starts a new run and --ckpt_path resumes one: pass one")
             path = checkpoints.find(name, self.logs, inside="last" if command == "fit" else "best")
             self.checkpoint = checkpoints.load(path, resume=command == "fit")
