@@ -161,6 +161,7 @@ class OneLineErrors:
         meant = {name: f"--config {name}" for name in self.recipes}
         if "--ckpt_path" in flags:
             meant |= {name: f"--ckpt_path {name}" for name in ("last", "best", "pretrained")}
+            meant |= {word: f"--ckpt_path {word}"} if word.isdigit() else {}
         if (flag := ENDINGS.get(os.path.splitext(word)[1])) in flags:
             meant[word] = f"{flag} {word}"
         if near := _near(word, meant):

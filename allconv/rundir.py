@@ -21,8 +21,9 @@ from allconv.errors import UserError, say
 LOGS = "lightning_logs"
 CONFIGS = Path(__file__).parent / "configs"  # the recipes
 CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
-# keys of config.yaml that hold a machine's own paths
+# keys of config.yaml that hold a machine's own paths, or what was displayed
 PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
+PLACES |= {"enable_progress_bar", "enable_model_summary"}
 
 
 class RunError(UserError):

@@ -324,6 +324,7 @@ BAD_USAGE = {
     "--config dmeo.yaml": "dmeo.yaml: no such file; did you mean demo?",
     "model.ckpt": "did you mean --ckpt_path model.ckpt?",
     "last": "did you mean --ckpt_path last?",
+    "3": "did you mean --ckpt_path 3?",
     "foo": "foo needs a flag in front of it",
     "--model.batch_size 1": "did you mean --data.batch_size?",
     "--model.label-smoothing 1": "did you mean --model.label_smoothing?",
@@ -536,18 +537,22 @@ def test_what_a_run_cannot_go_on_with_is_refused(run, refused):
     assert "--init" in refused(*go_on, "--init", "best", code=2)
 
 
-def test_code_that_a_runs_configuration_names_is_not_run(run, capfd):
+def test_code_that_a_runs_configuration_names_is_not_run(run, capfd, refused):
     """config.yaml comes with a run folder of someone else's, and so may a module beside it."""
     Path("harmless.py").write_text("open('was_run', 'w')\nclass Callback: pass\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     for place in ("callbacks", "logger", "plugins"):
         config["trainer"][place] = [{"class_path": f"harmless.{place}"}]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    for args in (["test"], ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4"]):
-        main(args)
-        said = capfd.readouterr().err
-        for place in ("callbacks", "logger", "plugins"):
-            assert f"left out: harmless.{place}" in said
+    main(["test"])
+    said = capfd.readouterr().err
+    for place in ("callbacks", "plugins"):
+        assert f"left out: harmless.{place}" in said
+    before = (run / "config.yaml").read_bytes()
+    said = refused("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", code=1)
+    assert "harmless." in said
+    assert ", code that only config.yaml names: repeat the flag" in said
+    assert (run / "config.yaml").read_bytes() == before
     assert not Path("was_run").exists()
 
 

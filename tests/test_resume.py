@@ -286,9 +286,10 @@ def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
     assert len(list(LAST.parent.iterdir())) == 5
 
 
-def test_resuming_does_not_need_the_weights_that_the_run_began_with(run):
+def test_resuming_does_not_need_the_weights_that_the_run_began_with(run, capfd):
     Path("begin.ckpt").write_bytes(LAST.read_bytes())
     main([*TINY, "--init", "begin.ckpt", "--trainer.max_epochs", "1", "--model.lr", "1e-9"])
+    assert "from begin.ckpt: all weights\n" in capfd.readouterr().out
     old = torch.load("begin.ckpt", weights_only=True)["state_dict"]
     new = torch.load("lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)
     for key, value in new["state_dict"].items():

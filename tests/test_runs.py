@@ -257,6 +257,13 @@ def test_a_logger_may_write_among_the_runs(run, capsys):
     assert [row["number"] for row in listed(capsys)["runs"]] == [0, 1, 2]
 
 
+def test_a_run_from_python_is_said_to_be_one(own_folder, capsys):
+    RUN.mkdir(parents=True)
+    (RUN / "hparams.yaml").write_text("width: 8\n")
+    (row,) = listed(capsys)["runs"]
+    assert row["problem"] == "no config.yaml: trained from Python"
+
+
 def test_a_run_is_named_by_its_number(run, capsys):
     shutil.copytree(run, run.with_name("version_1"))
     for name in ("0", "version_0"):

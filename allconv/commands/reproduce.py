@@ -139,6 +139,8 @@ def trained(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> P
     done = checkpoints.load(run / "checkpoints/last.ckpt", resume=True).epoch
     if done < config["trainer"]["max_epochs"]:
         _call(name, "fit", "--ckpt_path", str(run / "checkpoints/last.ckpt"), *data)
+    elif begun:
+        print(f"{run} is complete: not trained again, unless with another --out")
     return run
 
 

@@ -35,6 +35,8 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
         metrics, best = rundir.read_metrics(run), rundir.best_row(run) or {}
     except rundir.RunError as error:
         problems.append(str(error).removeprefix(f"{run}/"))
+    if (run / "hparams.yaml").is_file() and not (config or problems):
+        problems.append("no config.yaml: trained from Python")
     groups = {name: config.get(name, {}) for name in ("model", "data", "trainer")}
     problems += [f"{k} is {v}, not a group" for k, v in groups.items() if not isinstance(v, dict)]
     model, data, trainer = (v if isinstance(v, dict) else {} for v in groups.values())

@@ -180,14 +180,14 @@ class CLI(LightningCLI):
         net, path, weights = self.model.net, initial.path, initial.weights
         width, there = initial.hparams["width"], initial.hparams["num_classes"]
         if width != net.width:
-            raise checkpoints.CheckpointError(
-                f"{path}: made with width {width}, not {net.width}; --init null takes no weights"
-            )
+            widths = f"made with width {width}, not {net.width}; --init null takes no weights"
+            raise checkpoints.CheckpointError(f"{path}: {widths}")
+        parts = "all weights"
         if there != net.num_classes:
             weights |= {k: v for k, v in net.state_dict().items() if k.startswith("conv9.")}
-            counts = f"{there} classes there, {net.num_classes} here"
-            if self.trainer.is_global_zero:
-                print(f"from {path}: all weights but the last layer's ({counts})", flush=True)
+            parts += f" but the last layer's ({there} classes there, {net.num_classes} here)"
+        if self.trainer.is_global_zero:
+            print(f"from {path}: {parts}", flush=True)
         net.load_state_dict(weights)
 
     def fit(self, **kwargs) -> None:

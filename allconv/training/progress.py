@@ -72,13 +72,15 @@ class Progress(Callback):
         for split, n, size in zip(("train", "val"), batches, sizes, strict=True):
             whole, used = len(data.sets[split]), n * size * trainer.world_size
             count[split] = f"{used:,} of {whole:,}" if used < whole else f"{whole:,}"
+        teacher = pl_module.hparams.get("teacher")
+        teacher = f"teacher: {teacher}\n" if teacher else ""
         self._print(
             f"AllCNN, {parameters:,} parameters, on {data.dataset.title}: "
             f"{count['train']} training and {count['val']} validation images\n"
             f"epochs {self.first + 1} to {self.end}, batches of "
             f"{data.hparams.batch_size}, {trainer.world_size} x "
             f"{trainer.strategy.root_device.type} ({trainer.precision}), "
-            f"seed {os.environ.get('PL_GLOBAL_SEED')}\nrun directory: {run or 'none'}"
+            f"seed {os.environ.get('PL_GLOBAL_SEED')}\n{teacher}run directory: {run or 'none'}"
         )
         if self.bar:
             self._print(HEAD)

@@ -112,7 +112,14 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
         CheckpointError: its hyperparameters are not those of a task.
     """
     settings = read_yaml(checkpoint.run / "config.yaml") if checkpoint.run else {}
-    settings = _trusted(settings, named)
+    untrusted: list[str] = []
+    settings = _trusted(settings, named, untrusted)
+    if untrusted and command == "fit":
+        raise CheckpointError(
+            f"{checkpoint.path}: its run has {untrusted[0]}, code that only config.yaml names: "
+            "repeat the flag or the --config that added it, or delete it from config.yaml"
+        )
+    say(*(f"left out: {name}, code that only the run's config.yaml names" for name in untrusted))
     groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
     trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
     left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
@@ -128,7 +135,8 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     try:  # here, where an error is the file's and not of a flag
         parser.instantiate(parser.parse_object({"model": told}))
     except (argparse.ArgumentError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+        hint = "; of a subclass? trainer.test in Python takes it" if "accept" in str(error) else ""
+        raise CheckpointError(f"{checkpoint.path}: {error}{hint}") from None
     model = {k: v for k, v in model.items() if k not in REMOVED} | told
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
@@ -136,18 +144,18 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     return {k: v for k, v in settings.items() if k != "ckpt_path"}
 
 
-def _trusted(value: object, named: str) -> object:
-    """The value without classes whose code only a file names."""
+def _trusted(value: object, named: str, untrusted: list[str]) -> object:
+    """The value without classes whose code only a file names, which are added to `untrusted`."""
     if isinstance(value, list):
-        kept = [_trusted(v, named) for v in value]
+        kept = [_trusted(v, named, untrusted) for v in value]
         return [new for old, new in zip(value, kept, strict=True) if new is not None or old is None]
     if not isinstance(value, dict):
         return value
     name = str(value.get("class_path", TRUSTED[0]))
     if not name.startswith(TRUSTED) and name not in named:
-        say(f"left out: {name}, which the run's config.yaml names; use it with a flag of your own")
+        untrusted.append(name)
         return None
-    return {k: _trusted(v, named) for k, v in value.items()}
+    return {k: _trusted(v, named, untrusted) for k, v in value.items()}
 
 
 def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> None:
