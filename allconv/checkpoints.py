@@ -93,13 +93,18 @@ class Checkpoint:
 
     def net(self) -> AllCNN:
         """The network in eval mode, on the CPU, channels last."""
+        if self.epoch is None:
+            say(f"{self.path} holds weights alone; other settings of the net are the defaults")
+        return self._net()
+
+    def _net(self) -> AllCNN:
         with torch.device("meta"):  # the weights are overwritten anyway
             net = AllCNN(**{name: self.hparams[name] for name in ARGUMENTS})
         net.load_state_dict(self.weights, assign=True)
         return net.to(memory_format=torch.channels_last).eval()
 
 
-def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside: str = "best") -> Path:
+def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside="best") -> Path:
     """The file that a value of `--ckpt_path` refers to.
 
     Args:
@@ -140,9 +145,6 @@ def load(path: Path, resume: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: weights alone cannot be resumed; use --init")
     if checkpoint.epoch == checkpoint.step == 0 and not resume:
         raise CheckpointError(f"{path}: stopped in its first epoch, so it is not trained yet")
-    if checkpoint.epoch is None:
-        unknown = "they do not tell residuals and rectify_logits, which are the defaults unless set"
-        say(f"{path} holds weights alone: {unknown}")
     return checkpoint
 
 
@@ -243,6 +245,6 @@ def _check(checkpoint: Checkpoint) -> None:
         if not plain or not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite real numbers")
     try:
-        checkpoint.net()
+        checkpoint._net()
     except (ValueError, RuntimeError, IndexError) as error:  # torch may name many tensors
         raise CheckpointError(f"{path}: {str(error)[:300]}") from None

@@ -142,7 +142,7 @@ def test_a_batch_norm_without_values_is_refused_before_training(own_folder, refu
 def test_weights_that_say_nothing_of_their_network_are_noted(run, capfd):
     torch.save(AllCNN(width=4).state_dict(), "epoch9.pt")
     main("test --ckpt_path epoch9.pt --data.demo true".split())
-    assert "they do not tell residuals" in capfd.readouterr().err
+    assert "model.residuals (taken as False)" in capfd.readouterr().err
 
 
 def training_in_two(n=1):

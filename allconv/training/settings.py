@@ -207,6 +207,10 @@ def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
     if checkpoint.epoch is None:
         told = {"width", "num_classes"}
+        say(
+            f"{checkpoint.path} holds weights alone, which do not tell model.residuals (taken as "
+            f"{model.residuals}) and model.rectify_logits ({model.rectify_logits})"
+        )
     if checkpoint.hparams.get("teacher") and model.teacher:
         told -= {"teacher"}  # whose weights are compared, wherever they are now
     for key in sorted(told):
