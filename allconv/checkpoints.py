@@ -104,7 +104,7 @@ class Checkpoint:
         return net.to(memory_format=torch.channels_last).eval()
 
 
-def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside="best") -> Path:
+def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside: str = "best") -> Path:
     """The file that a value of `--ckpt_path` refers to.
 
     Args:

@@ -269,7 +269,7 @@ def test_early_stopping_within_an_epoch(own_folder, capfd):
     stop = flags("EarlyStopping", monitor="val/acc", mode="max", patience=1, min_delta=0.9)
     main([*FIT, *stop, "--trainer.val_check_interval", "0.4", "--trainer.max_epochs", "5"])
     lines = capfd.readouterr().out.splitlines()
-    told = "stopped at step 4: last.ckpt holds 0 whole epochs"
+    told = "stopped in epoch 1 at step 4: last.ckpt holds 0 whole epochs"
     (where,) = (i for i, line in enumerate(lines) if line.startswith(told))
     assert lines[where + 1].startswith("best epoch 1 of 1 ")
     if hasattr(callbacks.EarlyStopping("val/acc"), "stopping_reason_message"):  # from 2.6 on

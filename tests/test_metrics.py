@@ -114,7 +114,7 @@ def test_an_epochs_row_is_on_the_disk_before_its_checkpoint(own_folder):
 def test_a_stop_within_an_epoch_is_told_by_its_number(own_folder, capfd):
     main([*FIT, "--trainer.max_steps", "15", "--trainer.limit_val_batches", "0"])
     said = capfd.readouterr().out
-    assert "stopped in epoch 2 at step 15: last.ckpt is of 1 whole epoch" in said
+    assert "stopped in epoch 2 at step 15: last.ckpt holds 1 whole epoch" in said
 
 
 def test_an_epoch_that_is_not_validated_shows_no_validation(own_folder, capfd):

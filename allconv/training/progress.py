@@ -181,9 +181,10 @@ class Progress(Callback):
         early = any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks)
         if whole < epochs or (whole < trainer.max_epochs and not early):
             self._print(
-                f"stopped at step {trainer.global_step:,}: last.ckpt holds {whole} whole "
-                f"epoch{'' if whole == 1 else 's'}; go on with: python -m allconv fit --ckpt_path "
-                f"{last}"
+                f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
+                f"{trainer.global_step}: last.ckpt holds {whole} whole "
+                f"epoch{'' if whole == 1 else 's'}; go on with: python -m allconv fit "
+                f"--ckpt_path {last}"
             )
         if best := best_row(run):
             title = trainer.datamodule.dataset.title

@@ -12,6 +12,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 from allconv.checkpoints import Checkpoint, CheckpointError, find
 from allconv.errors import OneLineErrors, UsageError, UserError, say
@@ -125,7 +126,8 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
     for key in left_out if command == "fit" else left_out | {"logger", "profiler"}:
         if trainer.pop(key, None) not in (None, -1) and command == "fit":
-            say(f"left out: the run's trainer.{key}, which would end it again at once")
+            text = f"left out: the run's trainer.{key}, which would end it again at once"
+            rank_zero_only(print)(text, flush=True)
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
