@@ -21,9 +21,9 @@ from allconv.errors import UserError, say
 LOGS = "lightning_logs"
 CONFIGS = Path(__file__).parent / "configs"  # the recipes
 CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
-# keys of config.yaml that hold a machine's own paths, or what was displayed
-PLACES = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
-PLACES |= {"enable_progress_bar", "enable_model_summary"}
+# keys of config.yaml that do not tell how a network was trained: a machine's paths, and displays
+LOCAL = {"data_dir", "default_root_dir", "dirpath", "save_dir", "ckpt_path"}
+LOCAL |= {"enable_progress_bar", "enable_model_summary"}
 
 
 class RunError(UserError):
@@ -205,7 +205,7 @@ def _portable(value: object) -> object:
         return [_portable(v) for v in value]
     if not isinstance(value, dict):
         return value
-    kept = {k: _portable(v) for k, v in value.items() if v is not None and k not in PLACES}
+    kept = {k: _portable(v) for k, v in value.items() if v is not None and k not in LOCAL}
     for key, n in (("init", 3), ("teacher", 3), ("folder", 1)):  # version_N/checkpoints/best.ckpt
         if key in kept:
             kept[key] = "/".join(Path(str(kept[key])).parts[-n:])
