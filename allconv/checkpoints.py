@@ -121,8 +121,9 @@ def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside: str
             path = path / ("" if path.name == "checkpoints" else "checkpoints") / f"{inside}.ckpt"
         if path.is_file():
             return path
-        given = path if name else "empty"
-        raise CheckpointError(f"{key} is {given}: no such file or run; or best, last, pretrained")
+        last, given = path.parent / "last.ckpt", path if name else "empty"
+        hint = f"name {last}" if last.is_file() else "or best, last, pretrained"
+        raise CheckpointError(f"{key} is {given}: no such file or run; {hint}")
     for run in reversed(runs(logs)):
         path = run / "checkpoints" / f"{name}.ckpt"
         if path.is_file():
@@ -166,8 +167,7 @@ def _load_torch(path: Path) -> Checkpoint:
     epoch = count.get("ready" if whole else "processed")
     if not isinstance(epoch, int):
         raise CheckpointError(f"{path}: does not say how long it was trained")
-    saved = content["hyper_parameters"].items()
-    hparams = {str(key): value for key, value in saved if not str(key).startswith("_")}
+    hparams = {str(k): v for k, v in content["hyper_parameters"].items() if str(k)[:1] != "_"}
     data = _data(content.get("datamodule_hyper_parameters"), content.get("CIFAR100"))
     checkpoint = Checkpoint(path, hparams, weights, epoch, content["global_step"], data)
     schedules = content.get("lr_schedulers")  # Lightning would go on without, or with any
@@ -190,7 +190,7 @@ def _read_archive(path: Path) -> dict:
         return _mapping(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged or malicious pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
+        raise CheckpointError(f"{path}: not a readable .ckpt or .safetensors ({reason})") from None
 
 
 def _load_exported(path: Path) -> Checkpoint:

@@ -570,4 +570,4 @@ def test_a_diverging_run_stops_with_its_step(own_folder, refused, capfd):
     assert "the training loss is" in line
     assert "at step" in line
     assert not LAST.with_name("best.ckpt").exists()
-    assert LAST.exists()
+    assert f"name {LAST}" in refused("test", "--ckpt_path", "version_0", code=1)

@@ -162,6 +162,12 @@ def test_pretrained_weights_but_for_the_last_layer(own_folder, capfd):
     assert len(trained["conv9.0.weight"]) == 3
 
 
+def test_finetune_needs_a_folder(own_folder, capfd):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "finetune"])
+    assert capfd.readouterr().err == "allconv: data.folder is DIR: no such folder\n"
+
+
 def test_two_classes(own_folder):
     pets(classes=("yes", "no"))
     main(FIT)

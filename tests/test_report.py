@@ -193,7 +193,7 @@ BAD = {
     "gone.ckpt": "A is gone.ckpt: no such file",
     "best gone.ckpt": "B is gone.ckpt: no such file",
     "empty": "no such file",
-    "text.ckpt": "text.ckpt: not a checkpoint that can be read",
+    "text.ckpt": "text.ckpt: not a readable .ckpt or .safetensors",
     "best bare.pt": "A and B know different classes",
     "ten.pt": "ten.pt: has 10 classes, but CIFAR-100 has 100",
     "nan.pt": "conv1.0.bias",

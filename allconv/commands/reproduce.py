@@ -6,9 +6,11 @@ They are the claims in configs/claims.yaml; its header describes the fields.
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -191,6 +193,21 @@ def evaluate(name: str | None, found: dict[str, Claim], data: list[str]) -> bool
     return compare(own, found[own], value, EVALUATED, "packaged weights")
 
 
+def _list(found: dict[str, Claim]) -> None:
+    """Print the claims table by table, each with its cost and how it is trained."""
+    width, shown = shutil.get_terminal_size().columns - 1, None
+    for name, claim in found.items():
+        if claim["table"] != shown:
+            shown = claim["table"]
+            print(f"{shown}:")
+        value = f"{claim['metric']:8} {claim['expected']:5.2f} +- {claim['tolerance']:.2f}"
+        print(f"  {name:21} {value}  {_cost(claim)}")
+        first = f" (trains {claim['teacher']} first)" if "teacher" in claim else ""
+        text = textwrap.wrap(f"{claim['what']}{first}", width - 4, break_on_hyphens=False)
+        print(textwrap.indent("\n".join(text), "    "))
+    print("\ntrain one again, or all of a table: python -m allconv reproduce NAME")
+
+
 def main(args: list[str]) -> None:
     """Run the command; exits with 1 if a number is not reproduced."""
     parser = Parser(prog="allconv reproduce", description="List or reproduce published numbers.")
@@ -214,9 +231,4 @@ def main(args: list[str]) -> None:
         for _, name in MARKED.findall(text):
             draw(name, found, path.parent / "reference" / f"{name}.png")
     if not given.tables:
-        for name, claim in found.items():
-            value = f"{claim['metric']:8} {claim['expected']:5.2f} +- {claim['tolerance']:.2f}"
-            first = f" (trains {claim['teacher']} first)" if "teacher" in claim else ""
-            what = f"{claim['what']}{first}"
-            print(f"{claim['table']:16} {name:21} {value}  {_cost(claim):27} {what}")
-        print("\ntrain one again, or all of a table: python -m allconv reproduce NAME")
+        _list(found)
