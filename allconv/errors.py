@@ -148,6 +148,10 @@ class OneLineErrors:
         near = [match for word in words for match in _near(word, meant)]
         if near:
             line += f"; did you mean {meant[near[0]]}?"
+        elif "--ckpt_path" in words and any(
+            "checkpoint" in str(a.help) for a in parser._actions if not a.option_strings
+        ):
+            line += "; name the checkpoint without a flag"
         elif stray := re.search(r"unrecognized arguments: (?!--)(\S+)", line):
             line += f"; {self._place(stray[1], parser._actions)}"
         end(2, line)

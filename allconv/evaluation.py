@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,13 +11,22 @@ from allconv.errors import UserError
 from allconv.rundir import best_row, read_metrics, write_text
 
 
-def place(checkpoint, command: str) -> Path:
+def place(checkpoint, command: str, dataset) -> Path:
     """The files of an evaluation, without their suffixes, such as `RUN/test`.
 
-    Those of another checkpoint of a run than best.ckpt have its name in theirs: `RUN/test_last`.
+    Those of another checkpoint of a run than best.ckpt have its name in theirs: `RUN/test_last`;
+    those on another data set than it was trained on have that one's: `RUN/test_on_pets`.
     """
-    other = checkpoint.run and checkpoint.path.stem != "best"
-    return checkpoint.folder / (f"{command}_{checkpoint.path.stem}" if other else command)
+    name = command
+    if checkpoint.run and checkpoint.path.stem != "best":
+        name += f"_{checkpoint.path.stem}"
+    if _other_data(checkpoint, dataset):
+        name += "_on_" + re.sub(r"\W+", "_", dataset.title).strip("_")
+    return checkpoint.folder / name
+
+
+def _other_data(checkpoint, dataset) -> bool:
+    return bool(checkpoint.data) and checkpoint.dataset != dataset
 
 
 def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
@@ -52,7 +62,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
             print(f"  {split}/{name:5} {value:.4f}")
     if result["remark"]:
         print(f"  note: {result['remark']}")
-    base, whole = place(checkpoint, command), len(data.sets[split])
+    base, whole = place(checkpoint, command, data.dataset), len(data.sets[split])
     if n < whole:
         print(f"nothing is written: these are {n:,} of {whole:,} images")
         return
@@ -72,7 +82,7 @@ def provenance() -> dict[str, object]:
 def _remark(checkpoint, data, split: str) -> str | None:
     """What qualifies the result, if anything."""
     now, trained = data.hparams, checkpoint.data
-    if trained and checkpoint.dataset != data.dataset:
+    if _other_data(checkpoint, data.dataset):
         return "trained on another data set than it is evaluated on"
     now = {**now, "digest": data.digest or trained.get("digest")}
     keys = ("val_size", "split_seed", "digest")

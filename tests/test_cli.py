@@ -54,6 +54,7 @@ MEANT = {
     "help fti": "did you mean fit?",
     "report a b c": "names: at most 2",
     "reproduce a b": "names: at most 1",
+    "report --ckpt_path best": "--ckpt_path; name the checkpoint without a flag",
     "runs extra": "extra needs a flag in front of it",
     "export net.onnx": "did you mean --out net.onnx?",
     "export --out net.onnx last": "did you mean --ckpt_path last?",
@@ -208,6 +209,10 @@ def test_without_a_logger_checkpoints_are_lightnings(own_folder):
         ("--trainer.limit_val_batches 1", "576 of 3,200 training and 500 of 800 validation"),
         ("--trainer.fast_dev_run 1", "64 of 3,200 training and 500 of 800 validation"),
         ("--trainer.limit_val_batches 0", "576 of 3,200 training and 0 of 800 validation"),
+        (
+            "--trainer.limit_val_batches 1 --trainer.check_val_every_n_epoch 2",
+            "576 of 3,200 training and 500 of 800 validation",
+        ),
         ("--trainer.check_val_every_n_epoch 2", "576 of 3,200 training and 800 validation"),
     ],
 )

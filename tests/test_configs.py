@@ -14,7 +14,8 @@ CONFIGS = sorted(RECIPES)
 # what a recipe for other machines is run with here
 ON_A_CPU = (
     "--init null --data.folder null --data.demo true --model.width 2 --model.teacher null "
-    "--model.compile false --trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto --trainer.precision 32-true "
+    "--model.compile false --trainer.accelerator cpu --trainer.devices 1 "
+    "--trainer.strategy auto --trainer.precision 32-true "
     "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1"
 ).split()
 

@@ -194,7 +194,18 @@ def test_resuming_takes_the_same_images_wherever_they_are(own_run, refused):
     write(Path("moved/train/bat"), 13)
     assert "not those that the run was trained with" in refused(*more, code=1)
     main("validate --data.folder moved".split())  # "moved" is another data set by its name
-    assert "trained on another data set" in result("validate")["remark"]
+    assert "trained on another data set" in result("validate_on_moved")["remark"]
+
+
+def test_results_on_other_images_leave_those_of_the_run(own_run, capsys):
+    main(["test"])
+    before = Path("lightning_logs/version_0/test.json").read_bytes()
+    shutil.copytree("pets", "other pets")
+    main([*"test --data.folder".split(), "other pets"])
+    assert Path("lightning_logs/version_0/test.json").read_bytes() == before
+    assert "trained on another data set" in result("test_on_other_pets")["remark"]
+    for name in ("test_on_other_pets.png", "test_on_other_pets_confusion.png"):
+        assert Path("lightning_logs/version_0", name).is_file()
 
 
 def test_changed_validation_images_are_remarked(own_run):

@@ -327,6 +327,7 @@ def test_help_tells_no_default_of_null(command, capsys):
     said = capsys.readouterr().out
     assert "null)" not in said.replace("(type: str | null)", "")
     assert command != "predict" or "by default 5 (type: int)" in " ".join(said.split())
+    assert command != "predict" or f"below {LOW:.0%} is marked" in " ".join(said.split())
 
 
 def test_packaged_weights_are_the_default(own_folder, photo, capsys):

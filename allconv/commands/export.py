@@ -76,7 +76,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     if "folder" in data:
         metadata |= {"folder": checkpoint.dataset.title, "digest": data.get("digest")}
     for split, command in (("val", "validate"), ("test", "test")):
-        if found := evaluation.read(evaluation.place(checkpoint, command), *of):
+        if found := evaluation.read(evaluation.place(checkpoint, command, checkpoint.dataset), *of):
             metadata[split] = {k: found[f"{split}/{k}"] for k in ("acc", "top5", "loss", "n")}
     return metadata
 

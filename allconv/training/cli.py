@@ -121,7 +121,7 @@ class CLI(LightningCLI):
         kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar and wanted}
         if not fit:
             kwargs["enable_progress_bar"] = own_bar or bar
-            base = evaluation.place(self.checkpoint, self.subcommand)
+            base = evaluation.place(self.checkpoint, self.subcommand, self.datamodule.dataset)
             added = [figures.Predictions(base)]
         elif given.barebones:
             added = [callbacks.EpochSeed()]

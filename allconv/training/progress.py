@@ -66,9 +66,10 @@ class Progress(Callback):
             self.best = 100 * best["val/acc"]
         parameters = sum(p.numel() for p in pl_module.net.parameters())
         count, sizes = {}, (data.hparams.batch_size, data.eval_batch_size)
-        # not known yet where the first epoch is not validated
-        validated = (sum(trainer.num_val_batches) or math.inf) if trainer.limit_val_batches else 0
-        batches = (trainer.num_training_batches, validated)
+        limit = trainer.limit_val_batches  # a number, or a share, which may be 0 or 1
+        limit = math.inf if isinstance(limit, float) and limit else int(limit)
+        # the number is not known yet where the first epoch is not validated
+        batches = (trainer.num_training_batches, sum(trainer.num_val_batches) or limit)
         for split, n, size in zip(("train", "val"), batches, sizes, strict=True):
             whole, used = len(data.sets[split]), n * size * trainer.world_size
             count[split] = f"{used:,} of {whole:,}" if used < whole else f"{whole:,}"
