@@ -131,8 +131,7 @@ class CIFAR100(LightningDataModule):
             sampler=sampler,
             collate_fn=default_convert,  # it is a batch already
             pin_memory=torch.cuda.is_available(),
-            # a loader draws a seed when it starts, at another point of a resumed run: the draw must
-            # not advance the generator that dropout uses
+            # a starting loader draws a seed: not from dropout's generator, or resuming would differ
             generator=torch.Generator(),
         )
 

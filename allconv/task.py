@@ -1,7 +1,6 @@
 """The LightningModule: AllCNN with its loss, optimizer, schedule, metrics and initialization.
 
-The defaults are the notebook's, as intended: SGD with momentum 0.9 and weight decay 2e-5, learning
-rate 0.1, halved every 20 of 100 epochs. Metrics are computed over whole splits.
+The defaults are the notebook's, as intended. Metrics are computed over whole splits.
 """
 
 import math
@@ -9,6 +8,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
@@ -45,8 +45,7 @@ class Classifier(LightningModule):
         dirac: initialize the inner convolutions as identities, see `allconv.model.dirac_`.
         whiten: initialize the first convolution by whitening filters, see `allconv.model.whiten_`.
         teacher: network to distill from: pretrained, or a checkpoint; see `allconv.distill`.
-        flip_test: also report test/acc_flip, with the logits of each test image and its mirror
-            image averaged.
+        flip_test: also report test/acc_flip, with the logits of an image and its mirror averaged.
         compile: compile the network with torch.compile (faster on a GPU; no gain on a CPU).
         **net: arguments of AllCNN.
     """
@@ -115,11 +114,16 @@ class Classifier(LightningModule):
         self.initialized = True
 
     def on_fit_start(self) -> None:
+        """Make the schedule again where a BatchSizeFinder has changed the steps of an epoch."""
+        if any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks):
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_start(self) -> None:
         """Sum in float32: with a precision of bf16-true, the sums would be bfloat16 too."""
         for metric in (self.train_loss, self.metrics["loss"], self.metrics["n"]):
             metric.set_dtype(torch.float32)
 
-    on_validation_start = on_test_start = on_fit_start
+    on_validation_start = on_test_start = on_train_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Record the teacher's digest."""

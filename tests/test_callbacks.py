@@ -179,15 +179,19 @@ def test_one_line_says_why_a_callback_cannot_work(name, more, words, own_folder,
     assert end.value.code == 2
 
 
-def test_device_stats_need_psutil(own_folder, capfd):
-    arguments = [*FIT, *flags("DeviceStatsMonitor"), "--trainer.log_every_n_steps", "2"]
+@pytest.mark.parametrize("settings", [{}, {"cpu_stats": True}])  # refused at once, or in a step
+def test_device_stats_need_psutil(settings, own_folder, capfd):
+    arguments = [*FIT, *flags("DeviceStatsMonitor", **settings)]
+    arguments += ["--trainer.log_every_n_steps", "2"]
     if importlib.util.find_spec("psutil"):
         main(arguments)
         assert any("cpu_percent" in key for row in read_rows(RUN) for key in row)
     else:
         with pytest.raises(SystemExit):
             main(arguments)
-        assert "psutil" in capfd.readouterr().err.splitlines()[-1]
+        last = capfd.readouterr().err.splitlines()[-1]
+        assert last.startswith("allconv: ModuleNotFoundError: ")
+        assert "psutil" in last
 
 
 # with the epochs of the run that is stopped, and what is printed
@@ -252,10 +256,15 @@ def test_the_best_of_a_run_of_earlier_versions_is_known(own_folder):
     assert LAST.with_name("best.ckpt").read_bytes() == before
 
 
-def test_config_has_what_a_finder_found(own_folder):
-    main([*FIT, *flags("BatchSizeFinder", max_trials=2)])
+@pytest.mark.parametrize("schedule", ["--model.warmup 0.2", "--model.milestones [1]"])
+def test_a_run_is_that_of_the_batch_size_that_a_finder_found(schedule, own_folder):
+    fit = [*FIT, *schedule.split(), "--trainer.max_epochs", "2"]
+    fit += ["--trainer.limit_train_batches", "0.02"]  # their number depends on the batch size
+    main([*fit, *flags("BatchSizeFinder", max_trials=2)])
     found = yaml.safe_load((RUN / "config.yaml").read_text())["data"]["batch_size"]
     assert found in (4, 8)  # of Lightning 2.6, 2.5
+    main([*fit, "--data.batch_size", str(found)])
+    assert read_metrics(RUN) == read_metrics(RUN.with_name("version_1"))
     saved = torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]
     assert saved["batch_size"] == found
 

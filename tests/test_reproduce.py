@@ -122,7 +122,7 @@ def test_a_table_with_a_quantity_is_plotted(own_folder, monkeypatch):
     [
         (["dmo"], 2, "no claim dmo; did you mean demo?"),
         (["xyz"], 2, "no claim xyz; python -m allconv reproduce lists them"),
-        (["fast", "--evaluate"], 2, "which are those of strong"),
+        (["fast", "--evaluate"], 2, "which are those of record"),
         (["--tables", "none.md"], 1, "none.md: No such file"),
         (["--tables", "bare.md"], 1, "bare.md: no lines <!-- claims: TABLE -->"),
         (["--tables", "page.md"], 1, "no table nothing in claims.yaml"),

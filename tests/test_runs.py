@@ -228,6 +228,16 @@ def test_the_folder_above_the_runs_may_be_named(run, capsys):
     assert listed(capsys, "--logs", ".") == listed(capsys)
 
 
+def test_a_renamed_run_is_listed(run, capsys):
+    copied(run, 1, 44)
+    (before, _) = listed(capsys)["runs"]
+    run.rename(run.with_name("baseline"))
+    (named, one) = listed(capsys)["runs"]
+    assert named == before | {"number": "baseline"}
+    assert one["number"] == 1
+    assert listed(capsys, "--logs", "lightning_logs/baseline")["runs"] == [named]
+
+
 def test_a_run_may_be_named_and_needs_no_configuration(run, capsys):
     """As those of other programs."""
     for name in ("config.yaml", "hparams.yaml"):
@@ -274,6 +284,9 @@ def test_a_run_is_named_by_its_number(run, capsys):
 def test_without_runs_and_with_wrong_columns(own_folder, refused):
     assert "no runs in" in refused("runs", code=1)
     assert "no runs in" in refused("runs", "--logs", "elsewhere", code=1)
+    Path("reproduced/demo/seed_43/lightning_logs").mkdir(parents=True)
+    hint = "try --logs reproduced/demo/seed_43/lightning_logs"
+    assert hint in refused("runs", "--logs", "reproduced", code=1)
     assert "sort" in refused("runs", "--sort", "widht", code=2)
 
 

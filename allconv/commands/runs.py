@@ -160,10 +160,15 @@ def main(args: list[str]) -> None:
     given = parser.parse_args(args)
     logs = Path(given.logs)
     logs = inner if (inner := logs / rundir.LOGS).is_dir() and not rundir.runs(logs) else logs
-    found = [*logs.glob("reference"), *rundir.runs(logs)] or [logs] * (rundir.number(logs) >= 0)
+    named = sorted(path.parent for path in logs.glob("*/config.yaml"))  # renamed, or reference
+    found = [run for run in named if rundir.number(run) < 0] + rundir.runs(logs)
+    if not found and (rundir.number(logs) >= 0 or (logs / "config.yaml").is_file()):
+        found = [logs]
+    if not found:
+        inner = next(logs.glob(f"*/*/{rundir.LOGS}"), None)  # of `reproduce`
+        hint = f"try --logs {printable(inner)}" if inner else "make one: allconv fit"
+        raise UserError(f"no runs in {logs.absolute()}; {hint}")
     runs = [describe(run) for run in found]
-    if not runs:
-        raise UserError(f"no runs in {logs.absolute()}; make one: allconv fit")
     groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
     # unknown values first, then text, then numbers
     rows.sort(key=lambda row: (row[key] is not None, not isinstance(row[key], str), row[key]))

@@ -206,7 +206,7 @@ class CLI(LightningCLI):
             ours, launcher = isinstance(error, UserError), self.trainer.strategy.launcher
             if failed := runtime.first_failure(launcher, 0 if ours else 5):
                 raise UserError(failed) from None  # the others only report that it is gone
-            words = "conditioned on metric", "find the monitored key"  # said after an epoch
+            words = "conditioned on metric", "find the monitored key", "to be installed"  # late
             late = started and not any(part in str(error) for part in words)
             if late or ours or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
