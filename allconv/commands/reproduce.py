@@ -193,7 +193,7 @@ def evaluate(name: str | None, found: dict[str, Claim], data: list[str]) -> bool
     return compare(own, found[own], value, EVALUATED, "packaged weights")
 
 
-def _list(found: dict[str, Claim]) -> None:
+def _print_all(found: dict[str, Claim]) -> None:
     """Print the claims table by table, each with its cost and how it is trained."""
     width, shown = shutil.get_terminal_size().columns - 1, None
     for name, claim in found.items():
@@ -231,4 +231,4 @@ def main(args: list[str]) -> None:
         for _, name in MARKED.findall(text):
             draw(name, found, path.parent / "reference" / f"{name}.png")
     if not given.tables:
-        _list(found)
+        _print_all(found)

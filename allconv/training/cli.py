@@ -206,9 +206,9 @@ class CLI(LightningCLI):
             ours, launcher = isinstance(error, UserError), self.trainer.strategy.launcher
             if failed := runtime.first_failure(launcher, 0 if ours else 5):
                 raise UserError(failed) from None  # the others only report that it is gone
-            words = "conditioned on metric", "find the monitored key", "to be installed"  # late
-            late = started and not any(part in str(error) for part in words)
-            if late or ours or getattr(error, "errno", 0) in OUTPUT_ERRORS:
+            late_usage = "conditioned on metric", "find the monitored key", "to be installed"
+            running = started and not any(part in str(error) for part in late_usage)
+            if running or ours or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             # invalid settings, or an unusable checkpoint
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
