@@ -103,7 +103,7 @@ class Leave(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == 1:
             torch.distributed.destroy_process_group()
-            time.sleep(1)
+            time.sleep(2)
             os._exit(3)
 """
 

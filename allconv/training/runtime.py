@@ -91,7 +91,9 @@ def rank_zero_first(seconds: float = 7) -> Iterator[None]:
 
 def first_failure(launcher: object, seconds: float = 5) -> str | None:
     """Which of the processes that a launcher has started failed within a time; all are ended."""
-    processes, end, failed = getattr(launcher, "procs", []), time.monotonic() + seconds, None
+    processes, end, failed = [*getattr(launcher, "procs", [])], time.monotonic() + seconds, None
+    if processes:
+        launcher.procs.clear()  # or Lightning's observer, which looks at them, kills this process
     while processes and not failed and time.monotonic() < end:
         for rank, process in enumerate(processes, 1):
             if process.poll():
