@@ -120,6 +120,7 @@ def predictions(
     figure.suptitle(title, fontsize=11)
     for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
+        axes.set(xticks=[], yticks=[])  # unseen ticks would double the time of the layout
         if i >= len(images):
             continue
         color, mark = (BLUE, "✓") if labels[i] == predicted[i] else (VERMILION, "✗")

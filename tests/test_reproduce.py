@@ -164,6 +164,7 @@ def test_the_teacher_of_a_claim_is_trained_first(own_folder, monkeypatch, capfd)
     assert f"--model.teacher {best}" in fits[1]
 
 
+@pytest.mark.slow
 def test_a_claim_without_validation_is_of_the_last_epoch(own_folder, monkeypatch, capfd):
     flags = shlex.join([*TINY[1:], "--data.val_size", "0"])
     Path("claims.yaml").write_text(yaml.safe_dump({"all": {"all": claim(flags, "test/acc", 50)}}))

@@ -54,7 +54,10 @@ def test_a_run_is_listed_with_its_figures(run, capsys):
     assert listed(capsys)["runs"][0]["test/acc"] == row["test/acc"]
 
 
-@pytest.mark.parametrize("validated", ["val_check_interval 4", "check_val_every_n_epoch 2"])
+SELDOM = pytest.param("check_val_every_n_epoch 2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("validated", ["val_check_interval 4", SELDOM])
 def test_the_best_validation_is_the_best_checkpoints(validated, own_folder, capsys):
     """Also within an epoch, or in every second one."""
     main([*TINY, *f"--trainer.{validated} --trainer.max_epochs 4 --model.lr 0.3".split()])
