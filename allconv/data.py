@@ -19,6 +19,12 @@ from allconv.datasets.cifar100 import MEAN, STD, DataError, Images
 from allconv.ranges import check_data
 
 
+class Batches(Images):
+    """Images of which a DataLoader takes a whole batch at once."""
+
+    __getitems__ = Images.batch
+
+
 class CIFAR100(LightningDataModule):
     """CIFAR-100 or your own images, their splits and loaders.
 
@@ -115,6 +121,8 @@ class CIFAR100(LightningDataModule):
         self.setup("test" if split == "test" else "fit")
         images, trainer = self.sets[split], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        if 0 < len(images) < world:
+            raise DataError(f"{len(images)} {split} images are too few for {world} processes")
         if split == "train":
             # Lightning calls its set_epoch; seed_everything has set the variable
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -126,7 +134,7 @@ class CIFAR100(LightningDataModule):
             order = np.arange(n) if ordered else rng.permutation(n)
             sampler = UnrepeatedDistributedSamplerWrapper(order, world, rank, shuffle=False)
         return DataLoader(
-            images,
+            Batches(images.images, images.labels),
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=default_convert,  # it is a batch already

@@ -123,7 +123,13 @@ class Classifier(LightningModule):
         for metric in (self.train_loss, self.metrics["loss"], self.metrics["n"]):
             metric.set_dtype(torch.float32)
 
-    on_validation_start = on_test_start = on_train_start
+    def on_validation_start(self) -> None:
+        """Start from zero: a training cannot add to the zeros that inference mode has left."""
+        for metric in self.metrics.values():
+            metric.reset()
+        self.on_train_start()
+
+    on_test_start = on_validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Record the teacher's digest."""
@@ -194,27 +200,21 @@ class Classifier(LightningModule):
             logger.save()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Update the metrics; returns the logits (B, num_classes) for the callbacks."""
+        """Update and log the metrics; returns the logits (B, num_classes) for the callbacks."""
         images, labels = batch
         logits = self(images).float()
         self.metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))
         self.metrics["acc"].update(logits, labels)
         self.metrics["top5"].update(logits, labels)
         self.metrics["n"].update(len(labels))
-        if self.trainer.testing and self.hparams.flip_test:
+        stage = "test" if self.trainer.testing else "val"
+        self.log_dict({f"{stage}/{k}": metric for k, metric in self.metrics.items()}, prog_bar=True)
+        if stage == "test" and self.hparams.flip_test:
             self.acc_flip.update(logits + self(images.flip(3)).float(), labels)
+            self.log("test/acc_flip", self.acc_flip)
         return logits
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole split."""
-        stage = "test" if self.trainer.testing else "val"
-        values = {f"{stage}/{name}": metric for name, metric in self.metrics.items()}
-        self.log_dict(values, prog_bar=True)
-        if stage == "test" and self.hparams.flip_test:
-            self.log("test/acc_flip", self.acc_flip)
-
     test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Logits (B, num_classes) of normalized images (B, 3, H, W), with labels or without."""

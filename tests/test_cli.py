@@ -16,6 +16,7 @@ from allconv import checkpoints
 from allconv.__main__ import COMMANDS, main
 from allconv.data import CIFAR100
 from allconv.model import AllCNN
+from allconv.rundir import read_metrics, read_yaml
 from allconv.training.settings import RECIPES
 
 
@@ -148,6 +149,17 @@ def test_flags_win_over_files_that_come_after_them(own_folder, capsys):
     assert printed_config(capsys, *args)["trainer"]["default_root_dir"] == "a"
     args = "fit --data.batch_size 7 --config a.yaml --config demo".split()
     assert printed_config(capsys, *args)["data"]["batch_size"] == 7
+
+
+def test_the_settings_of_a_group_may_be_a_file(own_folder):
+    Path("model.yaml").write_text("width: 2\n")
+    Path("data.yaml").write_text("{demo: true, batch_size: 50}\n")
+    limits = "--trainer.max_epochs 1 --trainer.limit_train_batches 2".split()
+    main(["fit", "--model", "model.yaml", "--data", "data.yaml", *limits])
+    config = read_yaml(RUN / "config.yaml")
+    assert (config["model"]["width"], config["data"]["batch_size"]) == (2, 50)
+    main(["fit", "--ckpt_path", "last", "--data", "data.yaml", "--trainer.max_epochs", "2"])
+    assert len(read_metrics(RUN)) == 2
 
 
 def test_a_run_is_found_through_a_configuration(run, capsys):

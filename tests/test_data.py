@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,3 +169,11 @@ def test_demo_with_shuffled_labels_cannot_be_learnt(own_folder):
     main(DEMO)
     main(["test"])
     assert json.loads(Path("lightning_logs/version_0/test.json").read_text())["test/acc"] < 0.03
+
+
+def test_images_that_do_not_suffice_for_all_processes_are_refused(own_folder):
+    data = CIFAR100(demo=True, val_size=100)
+    data.setup("fit")
+    data.trainer = SimpleNamespace(global_rank=0, world_size=128)
+    with pytest.raises(cifar100.DataError, match="100 val images are too few for 128 processes"):
+        data.val_dataloader()

@@ -46,7 +46,7 @@ def test_the_teacher_sees_the_students_images_at_full_size(run):
     data.setup("fit")
     data.trainer = task._trainer = Trainer
     task.setup("fit")
-    images, labels = data.sets["train"].__getitems__(list(range(8)))
+    images, labels = data.sets["train"].batch(range(8))
     torch.manual_seed(1)
     small, _, full = data.on_after_batch_transfer((images, labels), 0)
     assert small.shape == (8, 3, 20, 20)

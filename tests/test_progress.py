@@ -7,9 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LAST, TINY
-
-TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
+from conftest import LAST, TINY, TWO
 
 
 def at_a_terminal(args, columns):

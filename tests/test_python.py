@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPO
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import allconv
 from allconv import CIFAR100, AllCNN, Classifier, checkpoints, load
@@ -87,6 +87,46 @@ def test_loaders_before_setup(own_folder):
     loaders = (data.val_dataloader, data.test_dataloader, data.predict_dataloader)
     sizes = [sum(len(labels) for _, labels in loader()) for loader in loaders]
     assert sizes == [800, 1000, 1000]
+
+
+class Seen(lightning.Callback):
+    """Keeps what callback_metrics holds in two hooks of a validation."""
+
+    def __init__(self):
+        self.within, self.after, self.tested = [], [], []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.within.append(trainer.callback_metrics["val/loss"].item())
+
+    def on_validation_end(self, trainer, pl_module):
+        self.after.append(trainer.callback_metrics["val/loss"].item())
+
+    def on_test_epoch_end(self, trainer, pl_module):
+        self.tested.append(trainer.callback_metrics["test/n"].item())
+
+
+def test_evaluating_and_training_in_turn_with_a_callback_that_reads_the_results(own_folder):
+    """As in a notebook; inference mode leaves tensors that a training cannot add to."""
+    task, data, seen = Classifier(width=2), CIFAR100(demo=True), Seen()
+
+    def trainer():
+        return small(max_epochs=2, limit_train_batches=2, callbacks=[seen])
+
+    trainer().validate(task, data)
+    trainer().fit(task, data)
+    trainer().test(task, data)
+    trainer().fit(task, data)
+    assert len(seen.within) >= 5
+    assert seen.within == seen.after
+    assert seen.tested == [1000]
+
+
+def test_the_images_are_a_data_set_for_any_loader(own_folder):
+    data = CIFAR100(demo=True)
+    data.setup("fit")
+    ((images, labels),) = DataLoader(Subset(data.sets["train"], range(8)), batch_size=8)
+    assert torch.equal(images, data.sets["train"].images[:8])
+    assert torch.equal(labels, data.sets["train"].labels[:8])
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -120,12 +120,12 @@ class SaveConfig(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the hyperparameters with the results of the best epoch."""
         if best := best_row(run_directory(trainer)):
-            defaults, always = self.parser.get_defaults(), ("seed_everything", "trainer.max_epochs")
+            always, groups = ("seed_everything", "trainer.max_epochs"), ("model.", "data.")
             # changed settings only: TensorBoard sorts by name and shows the first five
             settings = {
-                key: value
-                for key, value in self.config.items()
-                if key in always or (key.startswith(("model.", "data.")) and value != defaults[key])
+                key: self.config[key]
+                for key, default in self.parser.get_defaults().items()
+                if key in always or (key.startswith(groups) and self.config[key] != default)
             }
             settings.pop("data.data_dir", None)
             results = {"val/best_acc": best["val/acc"], "val/best_loss": best["val/loss"]}
