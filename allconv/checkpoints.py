@@ -92,7 +92,7 @@ class Checkpoint:
         return names if len(names) == n else tuple(f"class {i}" for i in range(n))
 
     def net(self) -> AllCNN:
-        """The network in eval mode, on the CPU, channels last."""
+        """The network in eval mode, in float32 on the CPU, channels last."""
         if self.epoch is None:
             say(f"{self.path} holds weights alone; other settings of the net are the defaults")
         return self._net()
@@ -101,7 +101,7 @@ class Checkpoint:
         with torch.device("meta"):  # the weights are overwritten anyway
             net = AllCNN(**{name: self.hparams[name] for name in ARGUMENTS})
         net.load_state_dict(self.weights, assign=True)
-        return net.to(memory_format=torch.channels_last).eval()
+        return net.float().to(memory_format=torch.channels_last).eval()
 
 
 def find(name: str, logs: Path = Path(LOGS), key: str = "ckpt_path", inside: str = "best") -> Path:

@@ -5,6 +5,7 @@ uint8, and is augmented and normalized there.
 """
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,12 +18,6 @@ from torchvision.transforms.v2 import CutMix
 from allconv import augment, datasets
 from allconv.datasets.cifar100 import MEAN, STD, DataError, Images
 from allconv.ranges import check_data
-
-
-class Batches(Images):
-    """Images of which a DataLoader takes a whole batch at once."""
-
-    __getitems__ = Images.batch
 
 
 class CIFAR100(LightningDataModule):
@@ -76,8 +71,6 @@ class CIFAR100(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the test file for test and predict, the training file for the other stages."""
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
-        if h.sizes and self.trainer and self.trainer.max_epochs < 0:
-            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
         if not self.trainer:
             self.prepare_data()  # a Trainer has done so
         if file not in self.sets:
@@ -102,6 +95,8 @@ class CIFAR100(LightningDataModule):
 
         They are augmented in `on_after_batch_transfer`, so only if the Trainer has this module.
         """
+        if self.hparams.sizes and self.trainer and self.trainer.max_epochs < 0:
+            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
         return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
@@ -119,7 +114,8 @@ class CIFAR100(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, ordered: bool = False) -> DataLoader:
         self.setup("test" if split == "test" else "fit")
-        images, trainer = self.sets[split], self.trainer
+        images, trainer = replace(self.sets[split]), self.trainer
+        images.__getitems__ = images.batch  # the loader takes a batch by one indexing
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         if 0 < len(images) < world:
             raise DataError(f"{len(images)} {split} images are too few for {world} processes")
@@ -128,13 +124,13 @@ class CIFAR100(LightningDataModule):
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             sampler = DistributedSampler(images, world, rank, shuffle=True, seed=seed)
         else:
-            # without padding, so that each image counts once whatever the number of processes
-            # by default shuffled: the first, as with limit_val_batches, then have all classes
+            # no padding: each image counts once, however many processes there are; shuffled, always
+            # the same way, so that the first batches, as of limit_val_batches, have all classes
             n, rng = len(images), np.random.RandomState(0)
             order = np.arange(n) if ordered else rng.permutation(n)
             sampler = UnrepeatedDistributedSamplerWrapper(order, world, rank, shuffle=False)
         return DataLoader(
-            Batches(images.images, images.labels),
+            images,
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=default_convert,  # it is a batch already

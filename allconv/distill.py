@@ -62,7 +62,7 @@ class Teacher:
             )
         self.net = checkpoint.net()
         weights = (value for _, value in sorted(checkpoint.weights.items()))
-        content = b"".join(value.contiguous().numpy().tobytes() for value in weights)
+        content = b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in weights)
         self.digest = hashlib.sha256(content).hexdigest()
 
     def check(self, digest: str | None) -> None:

@@ -14,8 +14,8 @@ from allconv.rundir import best_row, read_metrics, write_text
 def place(checkpoint, command: str, dataset) -> Path:
     """The files of an evaluation, without their suffixes, such as `RUN/test`.
 
-    Those of another checkpoint of a run than best.ckpt have its name in theirs: `RUN/test_last`;
-    those on another data set than it was trained on have that one's: `RUN/test_on_pets`.
+    `RUN/test` is of best.ckpt, and `RUN/test_last` of last.ckpt; `_on_pets` is appended if the data
+    set, pets, is not that of the training.
     """
     name = command
     if checkpoint.run and checkpoint.path.stem != "best":

@@ -25,7 +25,7 @@ def check_data(h: Mapping) -> None:
     sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in h.sizes)
     rules = {
         "batch_size": (h.batch_size >= 1, "at least 1"),
-        "val_size": (val_right, f"from 0 to 49900 in steps of {step}"),
+        "val_size": (val_right, f"from 0 to {50_000 - step} in steps of {step}"),
         "split_seed": (0 <= h.split_seed < 2**32, f"from 0 to {2**32 - 1}"),
         "crop": (0 <= h.crop < 32, "from 0 to 31"),
         "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),

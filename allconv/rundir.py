@@ -30,7 +30,7 @@ class RunError(UserError):
     """A file of a run directory, or a configuration, is missing or damaged."""
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed.
 
     Args:
@@ -50,14 +50,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a disk error
         while error.__context__:
             error = error.__context__  # and hides its cause
-        raise RunError(f"{path}: cannot be written ({error}); the file before is kept") from None
+        raise RunError(f"{path}: cannot be written ({error}); the earlier one is kept") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def number(run: Path) -> int:

@@ -1,6 +1,6 @@
 """The LightningModule: AllCNN with its loss, optimizer, schedule, metrics and initialization.
 
-The defaults are the notebook's, as intended. Metrics are computed over whole splits.
+The defaults are what the notebook intended. Metrics are computed over whole splits.
 """
 
 import math
@@ -119,17 +119,13 @@ class Classifier(LightningModule):
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_start(self) -> None:
-        """Sum in float32: with a precision of bf16-true, the sums would be bfloat16 too."""
-        for metric in (self.train_loss, self.metrics["loss"], self.metrics["n"]):
+        """Sum in float32, also with bf16-true, and not onto inference tensors that `test` left."""
+        self.train_loss.set_dtype(torch.float32)
+        for metric in (self.metrics["loss"], self.metrics["n"]):
             metric.set_dtype(torch.float32)
-
-    def on_validation_start(self) -> None:
-        """Start from zero: a training cannot add to the zeros that inference mode has left."""
-        for metric in self.metrics.values():
             metric.reset()
-        self.on_train_start()
 
-    on_test_start = on_validation_start
+    on_validation_start = on_test_start = on_train_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Record the teacher's digest."""

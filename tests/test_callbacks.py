@@ -285,6 +285,26 @@ def test_early_stopping_within_an_epoch(own_folder, capfd):
         assert lines[where - 1].startswith("stopped early: ")
 
 
+def test_early_stopping_after_the_first_epoch(own_folder, capfd):
+    """`stopped_epoch`, counted from 0, is 0 then, as before any stop."""
+    main([*FIT, *flags("EarlyStopping", monitor="val/acc", mode="max", stopping_threshold=0.0)])
+    assert len(read_metrics(RUN)) == 1
+    assert "resume with" not in capfd.readouterr().out
+
+
+class Broken(callbacks.Callback):
+    """Has a mistake that its author must find."""
+
+    def on_fit_start(self, trainer, pl_module):
+        raise {}["mistake"]
+
+
+def test_an_error_in_a_callback_of_ones_own_keeps_its_traceback(own_folder):
+    with pytest.raises(KeyError, match="mistake"):
+        main([*FIT, "--trainer.callbacks+=test_callbacks.Broken"])
+    assert not RUN.exists()
+
+
 def test_an_older_run_is_not_tested_for_one_without_checkpoints(run, refused):
     main([*FIT, "--trainer.enable_checkpointing", "false"])
     assert "version_1, the newest, has none; name another run" in refused("test", code=1)

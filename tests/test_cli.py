@@ -560,11 +560,14 @@ def test_code_that_a_runs_configuration_names_is_not_run(run, capfd, refused):
     config = yaml.safe_load((run / "config.yaml").read_text())
     for place in ("callbacks", "logger", "plugins"):
         config["trainer"][place] = [{"class_path": f"harmless.{place}"}]
+    lambdas = {"class_path": "lightning.pytorch.callbacks.LambdaCallback"}
+    lambdas["init_args"] = {"on_test_start": "harmless.function"}
+    config["trainer"]["callbacks"] += ["harmless.text", lambdas]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     main(["test"])
     said = capfd.readouterr().err
-    for place in ("callbacks", "plugins"):
-        assert f"left out: harmless.{place}" in said
+    for name in ("callbacks", "plugins", "text", "function"):
+        assert f"left out: harmless.{name}" in said
     before = (run / "config.yaml").read_bytes()
     said = refused("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", code=1)
     assert "harmless." in said

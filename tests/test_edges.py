@@ -185,7 +185,7 @@ def test_a_broken_download_is_one_line_and_not_taken_for_the_data(
     for _ in range(2):  # the second finds what the first left
         line = refused("fit", "--model.width", "2", code=1)
         assert "download failed" in line
-        assert "put there cifar-100-python.tar.gz" in line
+        assert "place cifar-100-python.tar.gz" in line
     assert not Path("lightning_logs").exists()
 
 

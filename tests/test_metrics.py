@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
-from allconv import rundir
+from allconv import load, rundir
 from allconv.__main__ import main
 from allconv.augment import normalize
 from allconv.data import CIFAR100
@@ -138,6 +138,10 @@ def test_metrics_do_not_lose_precision_with_the_weights(precision, run):
     main([*FIT, "--trainer.precision", precision, "--trainer.max_epochs", "1"])
     loss = rundir.read_metrics(run.with_name("version_1"))[0]["train/loss"]
     assert loss != torch.tensor(loss).bfloat16().item()
+    # and other commands, and a student, use the network in float32
+    best = str(run.with_name("version_1") / "checkpoints/best.ckpt")
+    assert load(best)(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+    main([*FIT, "--model.teacher", best, "--trainer.fast_dev_run", "1"])
 
 
 def test_a_run_with_a_callback_of_ones_own_is_resumed_by_naming_it_again(own_folder):

@@ -107,15 +107,12 @@ class Seen(lightning.Callback):
 
 def test_evaluating_and_training_in_turn_with_a_callback_that_reads_the_results(own_folder):
     """As in a notebook; inference mode leaves tensors that a training cannot add to."""
-    task, data, seen = Classifier(width=2), CIFAR100(demo=True), Seen()
-
-    def trainer():
-        return small(max_epochs=2, limit_train_batches=2, callbacks=[seen])
-
-    trainer().validate(task, data)
-    trainer().fit(task, data)
-    trainer().test(task, data)
-    trainer().fit(task, data)
+    data = CIFAR100(demo=True, sizes=((0.5, 16),))
+    task, seen, limits = Classifier(width=2), Seen(), {"max_epochs": 2, "limit_train_batches": 2}
+    small(callbacks=[seen]).validate(task, data)
+    small(callbacks=[seen], **limits).fit(task, data)
+    small(callbacks=[seen]).test(task, data)
+    small(callbacks=[seen], **limits).fit(task, data)
     assert len(seen.within) >= 5
     assert seen.within == seen.after
     assert seen.tested == [1000]

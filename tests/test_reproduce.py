@@ -215,7 +215,7 @@ def test_a_stopped_reproduction_goes_on(own_folder):
     running.send_signal(signal.SIGTERM)
     said, _ = running.communicate(timeout=HANGS)
     assert running.returncode == 143
-    assert "demo is stopped; the same command goes on with it" in said
+    assert "demo was stopped; run the same command again to resume it" in said
     assert 1 <= rows(run) < 5
     said = finish("reproduce", "demo")
     assert f"fit --ckpt_path {run}/checkpoints/last.ckpt" in said

@@ -26,7 +26,7 @@ from conftest import (
 )
 
 from allconv.__main__ import main
-from allconv.rundir import write_whole
+from allconv.rundir import write_atomic
 
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
@@ -125,7 +125,7 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
     # after the table of layers, whose last line Lightning 2.5 does not have
     lines = re.split("Modules in eval mode|Total Flops", error)[-1].strip().splitlines()
     assert len(lines) == 1, error
-    assert f"go on with: python -m allconv fit --ckpt_path {LAST}" in lines[0]
+    assert f"resume with: python -m allconv fit --ckpt_path {LAST}" in lines[0]
     for part in ("net.conv9", "[1, 4, 32, 32]", "[1, 8, 16, 16]", "[1, 16, 8, 8]", "7.3 K"):
         assert part in error
     assert "MulticlassAccuracy" not in error
@@ -133,14 +133,14 @@ def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "code"), [("SystemExit(143)", 143), ("SystemExit(130)", 130)])
-@pytest.mark.parametrize("place", ["while_loading()", "write_whole(Path('x'), while_writing)"])
+@pytest.mark.parametrize("place", ["while_loading()", "write_atomic(Path('x'), while_writing)"])
 def test_a_signal_in_a_c_extension_ends_with_its_code(stop, code, place, own_folder):
     """It makes another error of what a signal raises: seen with matplotlib's and torch's."""
     Path("strike.py").write_text(
         f"""
 import lightning.pytorch
 from pathlib import Path
-from allconv.rundir import write_whole
+from allconv.rundir import write_atomic
 
 def while_loading():
     raise ImportError("failed") from {stop}
@@ -248,9 +248,9 @@ def test_killed_while_a_file_is_written(run):
 
 def test_a_write_that_is_killed_keeps_the_file_before(own_folder):
     code = (
-        "import os, sys; from pathlib import Path; from allconv.rundir import write_whole\n"
+        "import os, sys; from pathlib import Path; from allconv.rundir import write_atomic\n"
         "def write(file): file.write(b'half of it'); file.flush(); os.kill(os.getpid(), 9)\n"
-        "write_whole(Path(sys.argv[1]), write)"
+        "write_atomic(Path(sys.argv[1]), write)"
     )
     Path("file").write_text("before")
     running = process("file", code=code)
@@ -264,10 +264,10 @@ def test_two_writers_of_one_file_leave_a_whole_one(own_folder):
 
     def write(file):
         file.write(b"first ")
-        write_whole(Path("file"), lambda other: other.write(b"the other's"))
+        write_atomic(Path("file"), lambda other: other.write(b"the other's"))
         file.write(b"and last")
 
-    write_whole(Path("file"), write)
+    write_atomic(Path("file"), write)
     assert Path("file").read_text() == "first and last"
     assert [path.name for path in Path().iterdir()] == ["file"]
 

@@ -100,7 +100,7 @@ def test_a_run_that_went_on_since_it_was_read_is_left_alone(run):
     Path("meanwhile.py").write_text(MEANWHILE)
     args = "fit --ckpt_path last --trainer.max_epochs 5 --trainer.callbacks+=meanwhile.Meanwhile"
     said = finish(*args.split(), expected=1)
-    assert "another process went on with it just now" in said.splitlines()[-1]
+    assert "another process has just resumed this run" in said.splitlines()[-1]
     assert rows(run) == 4
 
 

@@ -6,12 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from allconv import task as task_module
 from allconv.augment import normalize
 from allconv.data import CIFAR100
-from allconv.datasets.cifar100 import MEAN, STD
+from allconv.datasets.cifar100 import MEAN, STD, Images
 from allconv.model import AllCNN, biases_before_norm, whiten_
 from allconv.task import Classifier
 
@@ -90,7 +90,7 @@ def test_overfits_one_batch(recipe, own_folder):
     data, seen = CIFAR100(demo=True, batch_size=20), Seen()
     data.prepare_data()
     data.setup("fit")
-    data.sets["train"] = Subset(data.sets["train"], range(0, 3200, 160))
+    data.sets["train"] = Images(*data.sets["train"].batch(range(0, 3200, 160)))
     task = Classifier(width=8, **RECIPES[recipe])
     trainer(seen, max_epochs=50, log_every_n_steps=1).fit(task, data)
     # the rectified network of the notebook cannot push a wrong class below zero

@@ -57,7 +57,7 @@ def bench(
     if repeats < 1:
         raise UsageError(f"repeats is {repeats}: it must be above 0")
     flags = [f"--model.width={width}", f"--data.batch_size={batch_size}", f"--data.demo={demo}"]
-    flags.append(f"--data.data_dir={os.path.abspath(data_dir)}")
+    flags.append(f"--data.data_dir={os.path.abspath(os.path.expanduser(data_dir))}")
     code, rounds = "from allconv.commands import bench_round; bench_round.main()", []
     for i in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def bench(
         digits = 0 if middle > 999 else 2
         spread = f"({low:.{digits}f} - {high:.{digits}f})"
         print(f"{name:27}{middle:7.{digits}f} {spread:17} {MEANING[name]}")
-    say("high is good, if nothing else is said")
+    say("higher is better unless noted")
     if json:
         write_text(Path(json), json_format.dumps(result, indent=2) + "\n")
 

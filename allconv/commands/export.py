@@ -44,7 +44,7 @@ def export(out: str, ckpt_path: str = "best", calibrate: bool = False) -> None:
     if calibrate:
         _calibrate(net, checkpoint, metadata)
     content, remark = writers[path.suffix](net, metadata)
-    rundir.write_whole(path, lambda file: file.write(content))
+    rundir.write_atomic(path, lambda file: file.write(content))
     results = [f"{k}/acc {metadata[k]['acc']:.4f}" for k in ("val", "test") if k in metadata]
     print(f"{checkpoint.path}, epoch {metadata['epoch']}: {', '.join(results) or 'not evaluated'}")
     print(f"written: {path} ({len(content) / 1e6:.2f} MB)\n{remark.format(path)}")

@@ -15,8 +15,8 @@ from allconv.errors import Parser, UsageError, printable, say
 LOW = 0.5
 DESCRIPTION = (
     "Classify your own images, and show the class evidence. The network sees the centre square in "
-    "32 x 32 pixels, and always answers with one of its classes. A top class with a probability "
-    f"below {LOW:.0%} is marked as uncertain; of those of the packaged network, most are wrong. "
+    "32 x 32 pixels, and always answers with one of its classes. A prediction with a probability "
+    f"below {LOW:.0%} is marked as uncertain; most of these are wrong (packaged network). "
     "Unreadable files are listed and skipped; the exit code is then 1."
 )
 CKPT_PATH = "pretrained (the default where packaged, else best), best, last or a file"

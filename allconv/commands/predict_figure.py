@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from allconv.errors import printable
 from allconv.plots import BLUE, GREY, VERMILION, readable
-from allconv.rundir import write_whole
+from allconv.rundir import write_atomic
 
 # transparent where there is no evidence, so that the image shows through
 ENDS = to_rgba(BLUE, 0.8), to_rgba(BLUE, 0), to_rgba(VERMILION, 0), to_rgba(VERMILION, 0.8)
@@ -28,7 +28,7 @@ def write(path: Path, answers: list[tuple], title: str) -> None:
         _draw(axes, *answer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def _draw(axes, row, image, given, evidence) -> None:

@@ -51,7 +51,7 @@ def read_sets(checkpoints: list[Checkpoint], split: str, data_dir: str | None) -
     known = [c for c in checkpoints if c.data.keys() & {"data_dir", "folder"}]
     data, sets = (known or checkpoints)[0].dataset, []
     if data_dir:
-        data = replace(data, path=Path(data_dir))
+        data = replace(data, path=Path(data_dir).expanduser())
     data.prepare()
     load = cache(data.load)
     for c in checkpoints:

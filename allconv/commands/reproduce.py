@@ -111,7 +111,7 @@ def _call(name: str, *args: str) -> None:
         sys.exit(code)  # it has printed why
     if code:
         code = code if code > 0 else 128 - code
-        raise StoppedError(f"{name} is stopped; the same command goes on with it", code)
+        raise StoppedError(f"{name} was stopped; run the same command again to resume it", code)
 
 
 def trained(name: str, found: dict[str, Claim], out: Path, data: list[str]) -> Path:

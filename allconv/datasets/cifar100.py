@@ -113,7 +113,7 @@ class Images:
         if small:
             val_size = min(val_size, max(1, len(labels) // 5))
             members = [own[: len(own) // 2] for own in members]
-        # the first image of every class, then the second of each; in the last turn, random classes
+        # round-robin over the classes; the last round takes random ones
         turn = np.concatenate([np.arange(len(own)) for own in members])
         order = np.lexsort((rng.permutation(len(turn)), turn))[:val_size]
         held_out = np.zeros(len(labels), bool)
@@ -157,7 +157,7 @@ class Official:
             elif check_integrity(archive, BINARY_MD5):
                 extract_archive(archive, self.path)
             else:
-                raise DataError(f"{archive}: expected md5 {BINARY_MD5}; get it again")
+                raise DataError(f"{archive}: expected md5 {BINARY_MD5}; download it again")
         # URLError, disk, permissions; the server's answer; a wrong md5
         except (OSError, HTTPException, RuntimeError) as error:
             raise DataError(f"download failed ({error}): {self._how_to_get()}") from None
@@ -196,13 +196,13 @@ class Official:
         if found != CONTENT[file]:
             raise DataError(
                 f"{path}: expected the official images (sha256 {CONTENT[file][:12]} of the sorted "
-                f"records), found others ({found[:12]}); get it again"
+                f"records), found others ({found[:12]}); download it again"
             )
         return records
 
     def _how_to_get(self) -> str:
         return (
-            f"no CIFAR-100 in {self.path.absolute()} (data_dir); put there {PYTHON}.tar.gz "
+            f"no CIFAR-100 in {self.path.absolute()} (data_dir); place {PYTHON}.tar.gz "
             f"(169,001,437 bytes, md5 {PYTHON_MD5}) or {BINARY}.tar.gz (md5 {BINARY_MD5}), packed "
             f"or unpacked ({BINARY}/train.bin {COUNT['train'] * RECORD:,} and test.bin "
             f"{COUNT['test'] * RECORD:,} bytes); without it: python -m allconv fit --config demo"
@@ -214,7 +214,7 @@ def read_binary(path: Path, count: int | None = None) -> np.ndarray:
     size = path.stat().st_size if path.is_file() else 0  # reading a FIFO would block
     if size == 0 or size % RECORD or (count and size != count * RECORD):
         expected = f"{count * RECORD:,}" if count else f"a multiple of {RECORD:,}"
-        raise DataError(f"{path}: expected {expected} bytes, found {size:,}; get it again")
+        raise DataError(f"{path}: expected {expected} bytes, found {size:,}; download it again")
     table = np.fromfile(path, np.uint8).reshape(-1, RECORD)
     coarse, fine = table[:, 0], table[:, 1]
     bad = np.flatnonzero(fine >= len(CLASSES))
@@ -222,7 +222,7 @@ def read_binary(path: Path, count: int | None = None) -> np.ndarray:
         bad = np.flatnonzero(coarse != COARSE[fine])
     if len(bad):
         found = f"{coarse[bad[0]]} and {fine[bad[0]]} in record {bad[0]:,}"
-        raise DataError(f"{path}: expected superclass and class, found {found}; get it again")
+        raise DataError(f"{path}: expected superclass and class, found {found}; download it again")
     return canonical(fine, table[:, 2:])
 
 
@@ -235,7 +235,7 @@ def _read_python(data_dir: Path, file: str) -> np.ndarray:
     for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, meta):
         path = data_dir / PYTHON / name
         if not (path.is_file() and check_integrity(path, md5)):
-            raise DataError(f"{path}: expected md5 {md5}; delete its folder and get it again")
+            raise DataError(f"{path}: expected md5 {md5}; delete its folder and download it again")
     data = CIFAR100(data_dir, train=file == "train")
     pixels = data.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
     return canonical(np.array(data.targets, np.uint8), pixels.reshape(-1, 3072))

@@ -7,7 +7,7 @@ with sums, products and comparisons only, so that it is the same on every machin
 import numpy as np
 
 from allconv.datasets.cifar100 import DataError, Official, read_binary
-from allconv.rundir import write_whole
+from allconv.rundir import write_atomic
 
 FOLDER = "cifar-100-demo"
 PER_CLASS = {"train": 40, "test": 10}
@@ -75,7 +75,7 @@ class Demo(Official):
         for file in PER_CLASS:
             path = self.path / FOLDER / f"{file}.bin"
             if not path.exists():
-                write_whole(path, lambda out, file=file: out.write(records(file).tobytes()))
+                write_atomic(path, lambda out, file=file: out.write(records(file).tobytes()))
 
     def _read(self, file: str) -> np.ndarray:
         path = self.path / FOLDER / f"{file}.bin"

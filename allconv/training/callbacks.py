@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from allconv.data import CIFAR100
 from allconv.errors import UsageError, UserError, say
-from allconv.rundir import write_whole
+from allconv.rundir import write_atomic
 from allconv.training.loggers import Table
 
 
@@ -50,7 +50,7 @@ class EpochSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically.
 
     Lightning does not flush, and renames only if the temporary folder is on the same file system.
@@ -58,7 +58,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         """Write `checkpoint` to `path`."""
-        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+        write_atomic(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=True) -> dict[str, object]:
         """Read a checkpoint without executing code, which Lightning 2.5 would allow."""
@@ -102,7 +102,7 @@ class LastCheckpoint(ModelCheckpoint):
 class StepLoss(Callback):
     """Logs the loss of single steps, and ends the run if it is NaN or infinite.
 
-    Reads it every `log_every_n_steps`, since that waits for the device, and before a validation.
+    Reads it every `log_every_n_steps` and in an epoch's last step, since that waits for the device.
     """
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -179,9 +179,9 @@ def _our_name(metric: str) -> str:
 
 
 def plugins(given: list) -> list:
-    """The given plugins, and WholeCheckpointIO unless they write checkpoints themselves."""
+    """The given plugins, and AtomicCheckpointIO unless they write checkpoints themselves."""
     own = any(isinstance(plugin, CheckpointIO) for plugin in given)
-    return given if own else [*given, WholeCheckpointIO()]
+    return given if own else [*given, AtomicCheckpointIO()]
 
 
 def checkpoints() -> list[ModelCheckpoint]:

@@ -20,7 +20,7 @@ from allconv.task import Classifier
 from allconv.training import callbacks, figures, runtime, settings
 from allconv.training.loggers import SaveConfig, loggers
 from allconv.training.progress import Progress, run_directory
-from allconv.training.settings import several
+from allconv.training.settings import as_list
 
 # what Lightning and our own classes raise for invalid settings
 FLAG_ERRORS = (ValueError, TypeError, MisconfigurationException, ImportError)
@@ -96,7 +96,7 @@ class CLI(LightningCLI):
         if config.data.folder is not None and not told:
             config.model.num_classes = len(datasets.choose(folder=config.data.folder).classes)
         config.recipe = config.recipe or "+".join(path.stem for path in files) or None
-        settings.settle(config, self.logs, command, resumed=bool(self.checkpoint))
+        settings.resolve(config, self.logs, command, resumed=bool(self.checkpoint))
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and trainer; what they raise is a usage error."""
@@ -104,7 +104,7 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
-        except (*FLAG_ERRORS, RuntimeError) as error:  # of SLURM, the last
+        except (*FLAG_ERRORS, RuntimeError) as error:  # Lightning checks SLURM
             raise UsageError(error) from None
         data = self.datamodule.dataset
         names = self.checkpoint and self.checkpoint.data.get("classes")
@@ -114,10 +114,10 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         """Add the command's callbacks and loggers, with a progress bar only at a terminal."""
         given, fit = self.config_init[self.subcommand].trainer, self.subcommand == "fit"
-        own = several(given.callbacks)
+        own = as_list(given.callbacks)
         own_bar, wanted = _any(own, ProgressBar), given.enable_progress_bar is not False
         bar = sys.stdout.isatty() and wanted and not own_bar
-        self.loggers = several(given.logger)
+        self.loggers = as_list(given.logger)
         kwargs |= {"logger": self.loggers or False, "enable_progress_bar": own_bar and wanted}
         if not fit:
             kwargs["enable_progress_bar"] = own_bar or bar
@@ -136,7 +136,7 @@ class CLI(LightningCLI):
                 added += callbacks.checkpoints()
             if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):
                 kwargs["enable_checkpointing"] = False  # Lightning would save in the folder
-            kwargs["plugins"] = callbacks.plugins(several(given.plugins))
+            kwargs["plugins"] = callbacks.plugins(as_list(given.plugins))
         if not self.run_wanted:
             self.save_config_callback = None
         if given.max_time:  # by default it stops, validates and saves within an epoch
@@ -153,7 +153,7 @@ class CLI(LightningCLI):
         self.model.initialized = bool(self.checkpoint or config.init)
         callbacks.check(trainer, self.model, self.datamodule, resumed=bool(self.checkpoint))
         if done and 0 <= trainer.max_epochs <= done:
-            raise UsageError(f"{done} epochs are done; for more, --trainer.max_epochs above {done}")
+            raise UsageError(f"{done} epochs are done; set --trainer.max_epochs above {done}")
         if trainer.world_size > 1:  # Lightning's handler would wait for the other processes
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self.run_wanted:
@@ -172,7 +172,7 @@ class CLI(LightningCLI):
             self.held.enter_context(rundir.lock(run))
             now = self.checkpoint and checkpoints.load(self.checkpoint.path, resume=True)
             if now and now.step != step:
-                raise rundir.RunError(f"{now.path}: another process went on with it just now")
+                raise rundir.RunError(f"{now.path}: another process has just resumed this run")
         trainer.loggers = [*loggers(run or Path(rundir.LOGS, "version_0"), step), *self.loggers]
 
     def _begin_with(self, initial: checkpoints.Checkpoint) -> None:
@@ -195,7 +195,7 @@ class CLI(LightningCLI):
         self._run(ckpt_path=self.checkpoint and self.checkpoint.path, **kwargs)
 
     def _run(self, **kwargs) -> None:
-        """Run the trainer and set the exit code, which Lightning does not do for signals."""
+        """Run the trainer; invalid settings, unusable checkpoints and signals are one line each."""
         try:
             with runtime.stops():
                 getattr(self.trainer, self.subcommand)(**kwargs)
@@ -208,19 +208,19 @@ class CLI(LightningCLI):
                 raise UserError(failed) from None  # the others only report that it is gone
             late_usage = "conditioned on metric", "find the monitored key", "to be installed"
             running = started and not any(part in str(error) for part in late_usage)
-            if running or ours or getattr(error, "errno", 0) in OUTPUT_ERRORS:
+            users = ours or runtime.in_users_code(error)
+            if running or users or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
-            # invalid settings, or an unusable checkpoint
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            # the text is empty if a method is not implemented
-            message = f"{kind}{str(error) or 'raised by ' + inspect.trace()[-1].function}"
+            missing = "raised by " + inspect.trace()[-1].function  # a method is not implemented
+            message = f"{kind}{str(error) or missing}"
             if self.checkpoint and not isinstance(error, FLAG_ERRORS):
                 raise checkpoints.CheckpointError(f"{self.checkpoint.path}: {message}") from None
             raise UsageError(message) from None
         except SystemExit as stop:
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
-                message += f"; go on with: python -m allconv fit --ckpt_path {last}"
+                message += f"; resume with: python -m allconv fit --ckpt_path {last}"
             if not self.trainer.is_global_zero:  # rank 0 says it
                 message = ""
             if stop.code in (130, 143):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from allconv import plots
-from allconv.rundir import read_metrics, write_whole
+from allconv.rundir import read_metrics, write_atomic
 from allconv.training.progress import run_directory
 
 
@@ -34,7 +34,7 @@ class Curves(Callback):
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as a PNG file, atomically."""
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 class Predictions(Callback):

@@ -179,12 +179,13 @@ class Progress(Callback):
             if reason and not callback.verbose:
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
-        early = any(callback.stopped_epoch for callback in trainer.early_stopping_callbacks)
+        ends = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
+        early = trainer.should_stop and epochs in ends
         if whole < epochs or (whole < trainer.max_epochs and not early):
             self._print(
                 f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
                 f"{trainer.global_step}: last.ckpt holds {whole} whole "
-                f"epoch{'' if whole == 1 else 's'}; go on with: python -m allconv fit "
+                f"epoch{'' if whole == 1 else 's'}; resume with: python -m allconv fit "
                 f"--ckpt_path {last}"
             )
         if best := best_row(run):

@@ -6,13 +6,17 @@ import logging
 import re
 import signal
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
+import allconv
 from allconv.errors import StoppedError
 
 # messages of Lightning that repeat what `Progress` says, or advertise
@@ -87,6 +91,13 @@ def rank_zero_first(seconds: float = 7) -> Iterator[None]:
     except Exception:
         time.sleep(seconds if rank_zero_only.rank else 0)
         raise
+
+
+def in_users_code(error: BaseException) -> bool:
+    """Whether code that is neither installed nor ours has a part in the error."""
+    known = (sysconfig.get_path("stdlib"), str(Path(allconv.__file__).parent), "<")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("-packages" not in file and not file.startswith(known) for file in files)
 
 
 def first_failure(launcher: object, seconds: float = 5) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +39,8 @@ GROUPS = {"trainer", "model", "data"}
 EARLY = ("ckpt_path", "init", "trainer.default_root_dir", "model.num_classes")
 # packages whose classes a run's config.yaml may name
 TRUSTED = ("lightning.", "torch.", "allconv.")
+# trainer settings whose values may name classes and functions
+CODE = {"accelerator", "callbacks", "logger", "plugins", "profiler", "strategy"}
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -95,7 +98,7 @@ def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
     return named | flags, files, [*(f"--{key}={value}" for key, value in front), *rest]
 
 
-def several(value: object) -> list:
+def as_list(value: object) -> list:
     """A value or a list of values as a list, without None and booleans."""
     values = value if isinstance(value, list) else [value]
     return [v for v in values if not isinstance(v, bool | None)]
@@ -106,23 +109,23 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
 
     Args:
         checkpoint: the checkpoint.
-        named: the user's own arguments; classes named neither there nor in TRUSTED are left out.
+        named: the user's own arguments; code named neither there nor in TRUSTED is left out.
         command: fit, validate or test; an evaluation logs only where its own arguments say so.
 
     Raises:
         CheckpointError: its hyperparameters are not those of a task.
     """
     settings = read_yaml(checkpoint.run / "config.yaml") if checkpoint.run else {}
+    groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
+    trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
     untrusted: list[str] = []
-    settings = _trusted(settings, named, untrusted)
+    trainer |= {key: _trusted(trainer[key], named, untrusted) for key in CODE & trainer.keys()}
     if untrusted and command == "fit":
         raise CheckpointError(
             f"{checkpoint.path}: its run has {untrusted[0]}, code that only config.yaml names: "
             "repeat the flag or the --config that added it, or delete it from config.yaml"
         )
     say(*(f"left out: {name}, code that only the run's config.yaml names" for name in untrusted))
-    groups = {key: settings.get(key) for key in ("trainer", "model", "data")}
-    trainer, model, data = ({} if not isinstance(v, dict) else v for v in groups.values())
     left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
     for key in left_out if command == "fit" else left_out | {"logger", "profiler"}:
         if trainer.pop(key, None) not in (None, -1) and command == "fit":
@@ -147,16 +150,19 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
 
 
 def _trusted(value: object, named: str, untrusted: list[str]) -> object:
-    """The value without classes whose code only a file names, which are added to `untrusted`."""
+    """The value without code that only a file names; the names are added to `untrusted`."""
     if isinstance(value, list):
         kept = [_trusted(v, named, untrusted) for v in value]
         return [new for old, new in zip(value, kept, strict=True) if new is not None or old is None]
-    if not isinstance(value, dict):
-        return value
-    name = str(value.get("class_path", TRUSTED[0]))
-    if not name.startswith(TRUSTED) and name not in named:
+    of_class = isinstance(value, dict)
+    name = str(value.get("class_path", "") if of_class else value)
+    path = re.fullmatch(r"(\w+)(\.\w+)+", name)
+    strange = path and not name.startswith(TRUSTED) and name not in named
+    if strange and (of_class or find_spec(path[1])):  # other text may have dots too
         untrusted.append(name)
         return None
+    if not of_class:
+        return value
     return {k: _trusted(v, named, untrusted) for k, v in value.items()}
 
 
@@ -191,7 +197,7 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         _refuse_contradictions(checkpoint, config.model)
 
 
-def settle(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
+def resolve(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
     """Replace settings by what they mean now, as config.yaml is to record it."""
     config.ckpt_path = None  # it belongs to this call, not to the run
     if isinstance(config.seed_everything, bool):  # random, and the same in all processes
