@@ -71,6 +71,8 @@ class CIFAR100(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the test file for test and predict, the training file for the other stages."""
         file, h = "test" if stage in ("test", "predict") else "train", self.hparams
+        if h.sizes and self.trainer and (self.trainer.max_epochs or 0) < 0:
+            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
         if not self.trainer:
             self.prepare_data()  # a Trainer has done so
         if file not in self.sets:
@@ -95,8 +97,6 @@ class CIFAR100(LightningDataModule):
 
         They are augmented in `on_after_batch_transfer`, so only if the Trainer has this module.
         """
-        if self.hparams.sizes and self.trainer and self.trainer.max_epochs < 0:
-            raise ValueError("data.sizes are shares of trainer.max_epochs: give a number")
         return self._loader("train", self.hparams.batch_size)
 
     def val_dataloader(self) -> DataLoader:
@@ -124,8 +124,7 @@ class CIFAR100(LightningDataModule):
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
             sampler = DistributedSampler(images, world, rank, shuffle=True, seed=seed)
         else:
-            # no padding: each image counts once, however many processes there are; shuffled, always
-            # the same way, so that the first batches, as of limit_val_batches, have all classes
+            # no padding: each image counts once; shuffled: the first batches have all classes
             n, rng = len(images), np.random.RandomState(0)
             order = np.arange(n) if ordered else rng.permutation(n)
             sampler = UnrepeatedDistributedSamplerWrapper(order, world, rank, shuffle=False)

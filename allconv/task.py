@@ -24,6 +24,10 @@ from allconv.optim import MuonSGD, parameter_groups, triangle
 from allconv.ranges import check_model
 
 
+def _initialized(net: nn.Module, *_) -> None:
+    net.initialized = True  # the weights are no longer those to be whitened
+
+
 class Classifier(LightningModule):
     """AllCNN with its loss, optimizer, schedule and metrics.
 
@@ -81,7 +85,7 @@ class Classifier(LightningModule):
         if compile:
             self.net.compile()  # in place, so that the names in the checkpoint do not change
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
-        self.initialized = False  # whether the weights were initialized, or loaded
+        self.net.register_load_state_dict_post_hook(_initialized)
         self.teacher: distill.Teacher | None = None
         self.rate: float | None = None  # learning rate of the last step
         # "disable": a NaN has to show. torchmetrics 1.9 then ignores weights, so the losses are
@@ -100,18 +104,16 @@ class Classifier(LightningModule):
         data, h = self.trainer.datamodule, self.hparams
         ours, found = isinstance(data, CIFAR100), getattr(self.net, "num_classes", None)
         if ours and found and found != (n := len(data.dataset.classes)):
-            raise ValueError(
-                f"model.num_classes is {found}, but {data.dataset.title} has {n} classes"
-            )
+            raise ValueError(f"model.num_classes is {found}, but {data.dataset.title} has {n}")
         if stage != "fit":
             return
         if (h.whiten or h.teacher) and not ours:
             raise ValueError("model.whiten and model.teacher need the CIFAR100 data module")
         if h.teacher:
             self.teacher = distill.Teacher(h.teacher, data)
-        if h.whiten and not self.initialized:
+        if h.whiten and not getattr(self.net, "initialized", False):
             whiten_(self.net, normalize(data.sets["train"].images[::10], MEAN, STD))
-        self.initialized = True
+        _initialized(self.net)
 
     def on_fit_start(self) -> None:
         """Make the schedule again where a BatchSizeFinder has changed the steps of an epoch."""
@@ -133,8 +135,7 @@ class Classifier(LightningModule):
             checkpoint["teacher"] = self.teacher.digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        """Keep the loaded weights; refuse to resume with another teacher."""
-        self.initialized = True
+        """Refuse to resume with another teacher."""
         if self.teacher:
             self.teacher.check(checkpoint.get("teacher"))
 
@@ -187,8 +188,8 @@ class Classifier(LightningModule):
         Directly to the loggers: Lightning writes what `self.log` collects over an epoch after that
         epoch's checkpoint, and a run killed in between would lose the row.
         """
-        if not self.trainer.is_last_batch:
-            return
+        if not (self.trainer.is_last_batch and self.train_loss.update_called):
+            return  # a subclass may have a training_step of its own
         values = {"train/loss": self.train_loss.compute().item(), "lr": self.rate}
         self.log_dict(values, logger=False)  # for callbacks
         for logger in self.loggers:

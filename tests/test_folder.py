@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -173,6 +174,13 @@ def test_two_classes(own_folder):
     main(FIT)
     main(["test"])
     assert result("test")["test/top5"] == 1
+    main(["report"])
+    page, wrong = (RUN / "report.html").read_text(), 1 - result("test")["test/acc"]
+    told = [int(count) for count in re.findall(r"<h3>no and yes: (\d+) errors</h3>", page)]
+    assert sum(told) == round(wrong * result("test")["test/n"])
+    assert not re.search(r"<h3>(no and no|yes and yes)", page)
+    assert ("there are no errors" in page) == (wrong == 0)
+    assert "The other classes" not in page
 
 
 @pytest.mark.slow

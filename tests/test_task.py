@@ -216,6 +216,29 @@ def test_resuming_and_evaluating_do_not_whiten(own_folder, monkeypatch):
     trainer(limit_test_batches=1).test(Classifier(width=4, whiten=True), data, verbose=False)
 
 
+def test_weights_loaded_by_hand_are_not_whitened(own_folder):
+    weights = AllCNN(64).state_dict()
+    task = Classifier(width=64, whiten=True, **STILL)
+    task.net.load_state_dict(weights)
+    short = {"limit_train_batches": 1, "log_every_n_steps": 1}
+    trainer(max_epochs=1, **short).fit(task, CIFAR100(demo=True, batch_size=2))
+    assert torch.equal(first(task), weights["conv1.0.weight"])
+
+
+class OwnStep(Classifier):
+    """As any LightningModule may have."""
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_training_step_of_ones_own(own_folder):
+    seen = Seen()
+    short = {"limit_train_batches": 2, "log_every_n_steps": 1}
+    trainer(seen, max_epochs=2, **short).fit(OwnStep(width=2), CIFAR100(demo=True))
+    assert len(seen.losses) == 4
+
+
 @pytest.mark.parametrize("again", ["loaded", "the same"])
 def test_training_on_keeps_what_was_learnt(again, own_folder):
     data = CIFAR100(demo=True, batch_size=2)

@@ -78,17 +78,18 @@ def surest(e: Evaluation, chosen: Tensor, k: int) -> Tensor:
 
 
 def pairs(e: Evaluation, k: int = 10) -> list[dict[str, object]]:
-    """The k most confused pairs of classes, with the most confident errors."""
+    """At most k pairs of classes, the most confused first, with the most confident errors."""
     names, found = e.checkpoint.dataset.classes, []
     both = (e.matrix + e.matrix.T).triu(1)
     for cell in both.flatten().argsort(descending=True, stable=True)[:k].tolist():
         a, b = divmod(cell, len(both))
+        if not both[a, b]:
+            break
         ways, shown = [], []
         for x, y in ((a, b), (b, a)):
             ways.append((names[x], names[y], e.matrix[x, y].item(), e.matrix[x].sum().item()))
             shown += cards(surest(e, (e.labels == x) & (e.predicted == y), 3), e)
-        if shown:
-            found.append({"ways": ways, "cards": shown})
+        found.append({"ways": ways, "cards": shown})
     return found
 
 

@@ -104,7 +104,7 @@ class CLI(LightningCLI):
             super().instantiate_classes()
         except UserError:
             raise
-        except (*FLAG_ERRORS, RuntimeError) as error:  # Lightning checks SLURM
+        except (*FLAG_ERRORS, RuntimeError) as error:  # RuntimeError: SLURM
             raise UsageError(error) from None
         data = self.datamodule.dataset
         names = self.checkpoint and self.checkpoint.data.get("classes")
@@ -150,7 +150,7 @@ class CLI(LightningCLI):
         done = self.checkpoint and self.checkpoint.epoch
         if config.init is not None and not self.checkpoint:
             self._begin_with(checkpoints.load(checkpoints.find(config.init, self.logs, "init")))
-        self.model.initialized = bool(self.checkpoint or config.init)
+        self.model.net.initialized = bool(self.checkpoint or config.init)
         callbacks.check(trainer, self.model, self.datamodule, resumed=bool(self.checkpoint))
         if done and 0 <= trainer.max_epochs <= done:
             raise UsageError(f"{done} epochs are done; set --trainer.max_epochs above {done}")
@@ -208,8 +208,8 @@ class CLI(LightningCLI):
                 raise UserError(failed) from None  # the others only report that it is gone
             late_usage = "conditioned on metric", "find the monitored key", "to be installed"
             running = started and not any(part in str(error) for part in late_usage)
-            users = ours or runtime.in_users_code(error)
-            if running or users or getattr(error, "errno", 0) in OUTPUT_ERRORS:
+            known = running or ours or runtime.in_users_code(error)
+            if known or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             missing = "raised by " + inspect.trace()[-1].function  # a method is not implemented

@@ -33,6 +33,7 @@ WARNINGS = (
     r"\s*Unable to serialize instance",  # its text is what config.yaml gets
     "The dirpath has changed",  # evaluating from another folder than the run was started in
     ".*LeafSpec",  # between Lightning and torch
+    "Glyph .* missing",  # a class name in a script that the figures' font does not have
     "Be aware that when using `ckpt_path`",  # evaluating needs no ModelCheckpoint
     ".*smaller than the logging interval",  # a row per epoch, whatever the interval
     "You're using the WeightAveraging callback with a model",  # nothing is sharded

@@ -146,7 +146,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
-    return {k: v for k, v in settings.items() if k != "ckpt_path"}
+    return {k: v for k, v in settings.items() if k != "ckpt_path" and v is not None}
 
 
 def _trusted(value: object, named: str, untrusted: list[str]) -> object:
