@@ -24,7 +24,7 @@ from allconv.optim import MuonSGD, parameter_groups, triangle
 from allconv.ranges import check_model
 
 
-def _initialized(net: nn.Module, *_) -> None:
+def _mark_initialized(net: nn.Module, *_) -> None:
     net.initialized = True  # the weights are no longer those to be whitened
 
 
@@ -85,7 +85,7 @@ class Classifier(LightningModule):
         if compile:
             self.net.compile()  # in place, so that the names in the checkpoint do not change
         self.example_input_array = torch.zeros(1, 3, 32, 32)  # the summary's shapes and FLOPs
-        self.net.register_load_state_dict_post_hook(_initialized)
+        self.net.register_load_state_dict_post_hook(_mark_initialized)
         self.teacher: distill.Teacher | None = None
         self.rate: float | None = None  # learning rate of the last step
         # "disable": a NaN has to show. torchmetrics 1.9 then ignores weights, so the losses are
@@ -113,7 +113,7 @@ class Classifier(LightningModule):
             self.teacher = distill.Teacher(h.teacher, data)
         if h.whiten and not getattr(self.net, "initialized", False):
             whiten_(self.net, normalize(data.sets["train"].images[::10], MEAN, STD))
-        _initialized(self.net)
+        _mark_initialized(self.net)
 
     def on_fit_start(self) -> None:
         """Make the schedule again where a BatchSizeFinder has changed the steps of an epoch."""

@@ -246,7 +246,7 @@ def test_killed_while_a_file_is_written(run):
     assert "max_epochs: 4" in path.read_text()
 
 
-def test_a_write_that_is_killed_keeps_the_file_before(own_folder):
+def test_a_write_that_is_killed_keeps_the_earlier_file(own_folder):
     code = (
         "import os, sys; from pathlib import Path; from allconv.rundir import write_atomic\n"
         "def write(file): file.write(b'half of it'); file.flush(); os.kill(os.getpid(), 9)\n"

@@ -208,8 +208,8 @@ class CLI(LightningCLI):
                 raise UserError(failed) from None  # the others only report that it is gone
             late_usage = "conditioned on metric", "find the monitored key", "to be installed"
             running = started and not any(part in str(error) for part in late_usage)
-            known = running or ours or runtime.in_users_code(error)
-            if known or getattr(error, "errno", 0) in OUTPUT_ERRORS:
+            as_is = running or ours or runtime.in_users_code(error)
+            if as_is or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             missing = "raised by " + inspect.trace()[-1].function  # a method is not implemented

@@ -179,8 +179,8 @@ class Progress(Callback):
             if reason and not callback.verbose:
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
-        ends = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
-        early = trainer.should_stop and epochs in ends
+        stopped = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
+        early = trainer.should_stop and epochs in stopped
         if whole < epochs or (whole < trainer.max_epochs and not early):
             self._print(
                 f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
