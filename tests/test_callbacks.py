@@ -244,18 +244,6 @@ def test_the_same_flags_again_do_not_repeat_a_callback(own_folder):
     assert (len(trainer["callbacks"]), len(trainer["logger"])) == (1, 1)
 
 
-def test_the_best_of_a_run_of_earlier_versions_is_known(own_folder):
-    main(FIT)
-    content = torch.load(LAST, weights_only=True)
-    (key,) = (key for key in content["callbacks"] if key.startswith("BestCheckpoint"))
-    state = content["callbacks"].pop(key) | {"best_model_score": torch.tensor(2.0)}
-    content["callbacks"][key.replace("BestCheckpoint", "ModelCheckpoint")] = state
-    torch.save(content, LAST)
-    before = LAST.with_name("best.ckpt").read_bytes()
-    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
-    assert LAST.with_name("best.ckpt").read_bytes() == before
-
-
 @pytest.mark.parametrize("schedule", ["--model.warmup 0.2", "--model.milestones [1]"])
 def test_a_run_is_that_of_the_batch_size_that_a_finder_found(schedule, own_folder):
     fit = [*FIT, *schedule.split(), "--trainer.max_epochs", "2"]

@@ -72,13 +72,6 @@ class BestCheckpoint(ModelCheckpoint):
     second may be the user's.
     """
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module, checkpoint: dict) -> None:
-        """Take the state that earlier versions saved as a ModelCheckpoint's."""
-        states, key = checkpoint["callbacks"], self.state_key
-        earlier = key.replace("BestCheckpoint", "ModelCheckpoint")
-        if key not in states and earlier in states:
-            states[key] = states[earlier]
-
 
 class LastCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt` before the first step, then after every whole epoch.

@@ -21,7 +21,6 @@ from allconv.rundir import CONFIGS, RunError, flat, read_yaml
 from allconv.task import Classifier
 
 RECIPES = {path.stem: path for path in CONFIGS.glob("*.yaml") if path.stem != "claims"}
-REMOVED = {"muon_momentum"}  # settings of earlier versions
 # arguments of the task that do not change what its weights compute
 NEUTRAL = {"compile", "flip_test"}
 # data settings that determine the validation images
@@ -134,15 +133,14 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
-    told = {k: v for k, v in checkpoint.hparams.items() if k not in REMOVED}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
     try:  # here, where an error is the file's and not of a flag
-        parser.instantiate(parser.parse_object({"model": told}))
+        parser.instantiate(parser.parse_object({"model": checkpoint.hparams}))
     except (argparse.ArgumentError, ValueError) as error:
         hint = "; of a subclass? trainer.test in Python takes it" if "accept" in str(error) else ""
         raise CheckpointError(f"{checkpoint.path}: {error}{hint}") from None
-    model = {k: v for k, v in model.items() if k not in REMOVED} | told
+    model |= checkpoint.hparams
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
@@ -212,7 +210,7 @@ def resolve(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
 
 def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     """Refuse settings of the model that differ from the checkpoint's."""
-    told = checkpoint.hparams.keys() - NEUTRAL - REMOVED
+    told = checkpoint.hparams.keys() - NEUTRAL
     if checkpoint.epoch is None:
         told = {"width", "num_classes"}
         say(
