@@ -5,6 +5,7 @@ EMAWeightAveraging is in test_metrics.py, LearningRateMonitor in test_edges.py.
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import yaml
 from conftest import LAST, RUN, assert_same_checkpoint
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter
+from matplotlib.figure import Figure
 
 from allconv.__main__ import main
 from allconv.rundir import read_metrics, read_rows
+from allconv.training import figures
 
 # what Lightning has to say about its own callbacks
 pytestmark = [
@@ -296,3 +299,14 @@ def test_an_error_in_a_callback_of_ones_own_keeps_its_traceback(own_folder):
 def test_an_older_run_is_not_tested_for_one_without_checkpoints(run, refused):
     main([*FIT, "--trainer.enable_checkpointing", "false"])
     assert "version_1, the newest, has none; name another run" in refused("test", code=1)
+
+
+def test_the_curves_take_no_more_than_a_twentieth_of_the_time(own_folder, monkeypatch):
+    """A second for each drawing, and none for the epochs: after the first epoch and the last."""
+    drawn = []
+    monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: float(len(drawn))))
+    monkeypatch.setattr(
+        figures.plots, "curves", lambda rows, _: drawn.append(len(rows)) or Figure()
+    )
+    main([*FIT, "--trainer.max_epochs", "4"])
+    assert drawn == [1, 4]
