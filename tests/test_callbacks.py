@@ -310,3 +310,16 @@ def test_the_curves_take_no_more_than_a_twentieth_of_the_time(own_folder, monkey
     )
     main([*FIT, "--trainer.max_epochs", "4"])
     assert drawn == [1, 4]
+
+
+def test_the_reason_of_an_earlier_stop_is_not_told_again(own_folder, capfd):
+    """The resumed epoch is not validated, so it cannot be stopped again."""
+    stop = flags("EarlyStopping", monitor="val/acc", mode="max", patience=1, min_delta=0.9)
+    main([*FIT, *stop, "--trainer.max_epochs", "5"])
+    epochs = len(read_metrics(RUN))
+    capfd.readouterr()
+    end = ["--trainer.max_epochs", str(epochs + 1), "--trainer.check_val_every_n_epoch", "9"]
+    main(["fit", "--ckpt_path", "last", *end])
+    out = capfd.readouterr().out
+    assert f"of {epochs + 1} on the demo set" in out
+    assert "stopped early" not in out

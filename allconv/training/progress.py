@@ -176,7 +176,7 @@ class Progress(Callback):
         epochs, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
         for callback in trainer.early_stopping_callbacks:
             reason = getattr(callback, "stopping_reason_message", None)  # not in Lightning 2.5
-            if reason and not callback.verbose:
+            if reason and trainer.should_stop and not callback.verbose:  # else an earlier stop's
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
         stopped = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
