@@ -302,7 +302,7 @@ def test_an_older_run_is_not_tested_for_one_without_checkpoints(run, refused):
 
 
 def test_the_curves_take_no_more_than_a_twentieth_of_the_time(own_folder, monkeypatch):
-    """A second for each drawing, and none for the epochs: after the first epoch and the last."""
+    """A drawing takes a second here, and an epoch none: only the first and the last are drawn."""
     drawn = []
     monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: float(len(drawn))))
     monkeypatch.setattr(

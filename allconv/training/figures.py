@@ -26,7 +26,7 @@ class Curves(Callback):
         self.due = 0.0  # when to draw again, by time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the metrics of the whole run, before a resume too."""
+        """Draw, if a drawing is due; always before the first epoch that is resumed."""
         start = time.monotonic()
         if start >= self.due:
             self.on_train_end(trainer, pl_module)
@@ -34,7 +34,7 @@ class Curves(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw them after the last epoch."""
+        """Draw the metrics of the whole run."""
         run = run_directory(trainer)
         if not (rows := read_metrics(run)):
             return

@@ -176,7 +176,8 @@ class Progress(Callback):
         epochs, last = trainer.current_epoch, run / "checkpoints" / "last.ckpt"
         for callback in trainer.early_stopping_callbacks:
             reason = getattr(callback, "stopping_reason_message", None)  # not in Lightning 2.5
-            if reason and trainer.should_stop and not callback.verbose:  # else an earlier stop's
+            # a resumed run still has the reason of the stop before it
+            if reason and trainer.should_stop and not callback.verbose:
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
         stopped = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
