@@ -540,7 +540,9 @@ def test_weights_of_a_checkpoint_without_its_state_cannot_be_resumed(run, refuse
 def test_contradicting_the_checkpoint_is_refused(run, refused):
     line = refused("test", "--model.width", "8", code=1)
     assert "model.width is 8" in line
-    assert "made with 4" in line
+    assert line.strip().endswith("made with 4: leave it out")
+    line = refused("fit", "--ckpt_path", "last", "--model.width", "8", code=1)
+    assert line.strip().endswith("made with 4: leave it out, or start a new run")
     assert "model.lr is 0.5" in refused(*"fit --ckpt_path last --model.lr 0.5".split(), code=1)
     line = refused("fit", "--init", "last", "--model.width", "8", "--data.demo", "true", code=1)
     assert "last.ckpt" in line

@@ -192,7 +192,7 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
             f"seed_everything is {config.seed_everything}: it must be from 0 to {2**32 - 1}"
         )
     if checkpoint:
-        _refuse_contradictions(checkpoint, config.model)
+        _refuse_contradictions(checkpoint, config.model, resumed)
 
 
 def resolve(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
@@ -208,7 +208,7 @@ def resolve(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
             config.trainer[key] = [v for i, v in enumerate(values) if v not in values[:i]]
 
 
-def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
+def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace, resumed: bool) -> None:
     """Refuse settings of the model that differ from the checkpoint's."""
     told = checkpoint.hparams.keys() - NEUTRAL
     if checkpoint.epoch is None:
@@ -222,9 +222,10 @@ def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace) -> None:
     for key in sorted(told):
         value = checkpoint.hparams[key]
         if json.dumps(model[key]) != json.dumps(value):
+            hint = ", or start a new run" if resumed else ""
             raise CheckpointError(
                 f"model.{key} is {model[key]}, but {checkpoint.path} was made with {value}: leave "
-                "the flag out, or start a new run (--init takes its weights)"
+                f"it out{hint}"
             )
 
 
