@@ -34,7 +34,7 @@ def load(name: str = "pretrained"):
     Returns:
         `allconv.AllCNN` in eval mode on the CPU: (B, 3, 32, 32) to logits (B, classes), with
         `classes`, the class names in the order of the logits, and `preprocess`, which turns an
-        image file, a Pillow image, an array or a tensor into the network's input, see
+        image file, a Pillow image, a uint8 array or tensor into the network's input, see
         `allconv.datasets.images.preprocess`.
 
     Raises:

@@ -22,13 +22,17 @@ def check_data(h: Mapping) -> None:
     """Check the settings of `allconv.CIFAR100`."""
     step = 100 if h.folder is None else 1  # the same number of each class
     val_right = 0 <= h.val_size < 50_000 and h.val_size % step == 0
+    shares = [share for share, _ in h.sizes]
     sizes_right = all(0 < share <= 1 and 4 <= size <= 32 for share, size in h.sizes)
     rules = {
         "batch_size": (h.batch_size >= 1, "at least 1"),
         "val_size": (val_right, f"from 0 to {50_000 - step} in steps of {step}"),
         "split_seed": (0 <= h.split_seed < 2**32, f"from 0 to {2**32 - 1}"),
         "crop": (0 <= h.crop < 32, "from 0 to 31"),
-        "sizes": (sizes_right, "pairs of a share in (0, 1] and a size from 4 to 32"),
+        "sizes": (
+            sizes_right and shares == sorted(set(shares)),
+            "pairs of a share in (0, 1], ascending, and a size from 4 to 32",
+        ),
         "cutmix": (0 <= h.cutmix <= 1, "from 0 to 1"),
         "folder": (not (h.demo and h.folder), "null when data.demo is true"),
     }

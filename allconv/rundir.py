@@ -169,7 +169,8 @@ def read_yaml(path: Path) -> dict[str, object]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{path}: not YAML that can be read ({error})") from None
     if not isinstance(content, dict):
-        raise RunError(f"{path}: expected keys and values, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise RunError(f"{path}: expected keys and values, found {found}")
     return content
 
 

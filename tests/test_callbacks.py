@@ -258,6 +258,9 @@ def test_a_run_is_that_of_the_batch_size_that_a_finder_found(schedule, own_folde
     assert read_metrics(RUN) == read_metrics(RUN.with_name("version_1"))
     saved = torch.load(LAST, weights_only=True)["datamodule_hyper_parameters"]
     assert saved["batch_size"] == found
+    main(f"fit --ckpt_path {LAST} --trainer.max_epochs 3".split())
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert (config["trainer"]["callbacks"], config["data"]["batch_size"]) == (None, found)
 
 
 def test_an_enumeration_among_the_arguments_of_a_callback(own_folder):

@@ -205,6 +205,7 @@ def test_what_is_switched_off_is_off(flag, own_folder, capfd, caplog):
     recorded, word, left = OFF[flag]
     assert Path("lightning_logs").exists() == recorded
     assert word not in said
+    assert ("next: " in said) == recorded
     assert not list(Path().glob(left))
     assert ("net.conv9" in said) == (flag not in ("barebones true", "enable_model_summary false"))
 

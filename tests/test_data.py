@@ -114,7 +114,10 @@ def test_image_size_until_the_end_and_without_sizes():
     assert CIFAR100().image_size(0.0) == 32
 
 
-@pytest.mark.parametrize("sizes", [[(0, 20)], [(1.1, 20)], [(0.5, 3)], [(0.5, 33)]])
+@pytest.mark.parametrize(
+    "sizes",
+    [[(0, 20)], [(1.1, 20)], [(0.5, 3)], [(0.5, 33)], [(0.5, 20), (0.2, 24)]],
+)
 def test_sizes_out_of_range_are_refused(sizes):
     with pytest.raises(ValueError, match=r"data.sizes is .*: it must be pairs of a share"):
         CIFAR100(sizes=sizes)

@@ -73,10 +73,10 @@ def _files(names: list[str]) -> list[str]:
 
 
 def _check_out(out: str, files: list[str]) -> None:
-    """Refuse a sheet that is not a .png in an existing folder, or would replace an input."""
+    """Refuse a sheet that is not a .png, or would replace an input."""
     path = Path(out)
-    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
-        raise UsageError(f"out is {printable(out)}: it must be a .png in a folder that exists")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"out is {printable(out)}: its ending must be .png")
     for name in files:
         with contextlib.suppress(OSError):  # one of the two does not exist
             if os.path.samefile(0 if name == "-" else name, path):  # also by a link

@@ -199,9 +199,9 @@ class Progress(Callback):
         self._print(f"run directory: {run}")
         # without validation there is no best
         found = [p for p in (last.with_name("best.ckpt"), last) if p.is_file()]
-        if found and whole:
-            self._print(f"next: python -m allconv test --ckpt_path {found[0]}")
-        self._print(f"      tensorboard --logdir {run.parent}")
+        commands = [f"python -m allconv test --ckpt_path {path}" for path in found[:1] if whole]
+        commands.append(f"tensorboard --logdir {run.parent}")
+        self._print("next: " + "\n      ".join(commands))
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:

@@ -132,7 +132,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
             rank_zero_only(print)(text, flush=True)
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
-        trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)]
+        trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)] or None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
     try:  # here, where an error is the file's and not of a flag
