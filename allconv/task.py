@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
@@ -76,7 +76,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         check_model(self.hparams)
-        self.net = AllCNN(**net).to(memory_format=torch.channels_last)
+        self.net = AllCNN(**net)
         if dirac:
             dirac_(self.net)
         if not decay_norms:  # before DDP wraps the module: it would wait for their gradients
@@ -88,8 +88,7 @@ class Classifier(LightningModule):
         self.net.register_load_state_dict_post_hook(_mark_initialized)
         self.teacher: distill.Teacher | None = None
         self.rate: float | None = None  # learning rate of the last step
-        # "disable": a NaN has to show. torchmetrics 1.9 then ignores weights, so the losses are
-        # added image by image
+        # "disable": a NaN has to show. torchmetrics 1.9 then ignores weights: one loss per image
         self.train_loss = MeanMetric(nan_strategy="disable")
         options = {"num_classes": self.net.num_classes, "average": "micro", "validate_args": False}
         self.metrics = nn.ModuleDict()
@@ -105,6 +104,8 @@ class Classifier(LightningModule):
         ours, found = isinstance(data, CIFAR100), getattr(self.net, "num_classes", None)
         if ours and found and found != (n := len(data.dataset.classes)):
             raise ValueError(f"model.num_classes is {found}, but {data.dataset.title} has {n}")
+        if not any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks):
+            self.net.to(memory_format=torch.channels_last)  # torch's pruning needs it contiguous
         if stage != "fit":
             return
         if (h.whiten or h.teacher) and not ours:
@@ -120,14 +121,12 @@ class Classifier(LightningModule):
         if any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks):
             self.trainer.strategy.setup_optimizers(self.trainer)
 
-    def on_train_start(self) -> None:
-        """Sum in float32, also with bf16-true, and not onto inference tensors that `test` left."""
-        self.train_loss.set_dtype(torch.float32)
-        for metric in (self.metrics["loss"], self.metrics["n"]):
-            metric.set_dtype(torch.float32)
+    def on_validation_start(self) -> None:
+        """Do not sum onto inference tensors, which an earlier `test` has left."""
+        for metric in self.metrics.values():
             metric.reset()
 
-    on_validation_start = on_test_start = on_train_start
+    on_test_start = on_validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Record the teacher's digest."""
@@ -177,7 +176,7 @@ class Classifier(LightningModule):
         if self.teacher:
             answers = self.teacher(full_size[0] if full_size else images)
             losses = distill.loss(logits, answers, losses, mixed=labels.ndim > 1)
-        self.train_loss.update(losses.detach())
+        self.train_loss.set_dtype(torch.float32).update(losses.detach())
         self.rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("loss", losses.detach().mean(), prog_bar=True, logger=False)
         return losses.mean()
@@ -200,10 +199,11 @@ class Classifier(LightningModule):
         """Update and log the metrics; returns the logits (B, num_classes) for the callbacks."""
         images, labels = batch
         logits = self(images).float()
-        self.metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))
+        losses = cross_entropy(logits, labels, reduction="none")
         self.metrics["acc"].update(logits, labels)
         self.metrics["top5"].update(logits, labels)
-        self.metrics["n"].update(len(labels))
+        for name, value in (("loss", losses), ("n", len(labels))):  # bf16-true makes them bfloat16
+            self.metrics[name].set_dtype(torch.float32).update(value)
         stage = "test" if self.trainer.testing else "val"
         self.log_dict({f"{stage}/{k}": metric for k, metric in self.metrics.items()}, prog_bar=True)
         if stage == "test" and self.hparams.flip_test:

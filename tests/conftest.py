@@ -25,7 +25,8 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signa
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints/last.ckpt"
 TINY = (
-    "fit --data.demo true --model.width 4 --trainer.max_epochs 3 --trainer.limit_train_batches 9"
+    "fit --data.demo true --data.batch_size 16 --model.width 4 --trainer.max_epochs 3 "
+    "--trainer.limit_train_batches 9"
 ).split()
 TWO = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp".split()
 

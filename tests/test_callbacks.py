@@ -101,15 +101,17 @@ def test_callbacks_do_what_they_say(name, own_folder, capfd, caplog):
     assert len(read_metrics(RUN)) == (2 if name == "looking on" else 1)
 
 
-def test_pruned_weights_are_tested_and_resumed(own_folder):
+def test_pruned_weights_are_tested_and_resumed(own_folder, capfd):
     main([*FIT, *flags("ModelPruning", pruning_fn="l1_unstructured", amount=0.5)])
     main(["test"])
     # half of what was left in each of two epochs
     weights = torch.load(LAST, weights_only=True)["state_dict"]
     weights = torch.cat([v.flatten() for k, v in weights.items() if k.endswith("0.weight")])
     assert (weights == 0).double().mean() > 0.5
+    assert "ModelPruning" not in capfd.readouterr().err
     main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     assert len(read_metrics(RUN)) == 3
+    assert "will not match an unbroken one" in capfd.readouterr().err
 
 
 def test_a_layer_is_thawed(own_folder):

@@ -2,12 +2,15 @@
 
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import lightning
 import pytest
 import torch
 from conftest import REPO
+from lightning.pytorch.callbacks import ModelPruning
 from PIL import Image
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import allconv
@@ -55,6 +58,38 @@ def test_ten_lines_with_a_plain_trainer(own_folder):
     assert net.classes[0] == "red_disc"
 
 
+def test_weights_are_pruned(own_folder):
+    task = Classifier(width=4)
+    pruning = ModelPruning("l1_unstructured", amount=0.5)
+    trainer = small(max_epochs=1, limit_train_batches=1, callbacks=[pruning])
+    trainer.fit(task, CIFAR100(demo=True))
+    assert (task.net.conv2[0].weight == 0).double().mean() > 0.3
+
+
+class Double(Classifier):
+    """Keeps the losses of all validation images in double precision."""
+
+    losses: ClassVar[list] = []
+
+    def validation_step(self, batch, batch_idx):
+        logits = super().validation_step(batch, batch_idx)
+        self.losses.append(cross_entropy(logits.double(), batch[1], reduction="none"))
+        return logits
+
+
+def test_losses_of_bfloat16_weights_are_summed_in_float32(own_folder):
+    """Also after the first batch, when Lightning has moved the metrics."""
+    data = CIFAR100(demo=True)
+    data.eval_batch_size = 99
+    trainer = small(
+        max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0, precision="bf16-true"
+    )
+    trainer.fit(Double(width=2), data)
+    found, losses = trainer.callback_metrics, torch.cat(Double.losses)
+    assert found["val/n"] == len(losses) == 800
+    assert found["val/loss"].item() == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
 def test_names_of_the_package():
     assert {"AllCNN", "CIFAR100", "Classifier", "load"} <= set(allconv.__all__)
     assert AllCNN.__module__ == "allconv.model"
@@ -71,7 +106,7 @@ def test_checkpoint_is_loaded_as_lightning_does(run):
     best = run / "checkpoints/best.ckpt"
     task = Classifier.load_from_checkpoint(best).eval()
     data = CIFAR100.load_from_checkpoint(best)
-    assert (task.hparams.width, data.hparams.demo, data.hparams.batch_size) == (4, True, 64)
+    assert (task.hparams.width, data.hparams.demo, data.hparams.batch_size) == (4, True, 16)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(task(images), load(str(best))(images))

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -286,6 +287,25 @@ def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
     assert len(list(LAST.parent.iterdir())) == 5
 
 
+class Interrupt(lightning.Callback):
+    """Ctrl-C in the second step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.loggers[1].log_metrics({"own": 1.0}, trainer.global_step)
+        if batch_idx == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(own_folder, capfd):
+    main([*TINY, "--config", str(REPO / "configs/every_epoch.yaml")])
+    files = {path: path.read_bytes() for path in (LAST, RUN / "metrics.csv")}
+    stopped = ["--trainer.callbacks+=test_resume.Interrupt"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--ckpt_path", str(LAST.with_name("epoch0.ckpt")), *stopped])
+    assert end.value.code == 130
+    assert {path: path.read_bytes() for path in files} == files
+
+
 def test_resuming_does_not_need_the_weights_that_the_run_began_with(run, capfd):
     Path("begin.ckpt").write_bytes(LAST.read_bytes())
     main([*TINY, "--init", "begin.ckpt", "--trainer.max_epochs", "1", "--model.lr", "1e-9"])
@@ -305,4 +325,4 @@ def test_what_changes_the_run_is_named_when_it_goes_on(run, capfd):
     changes = "--trainer.max_epochs 4 --data.batch_size 32 --seed_everything 7".split()
     main([*RESUME, *changes])
     said = capfd.readouterr().out
-    assert "changed: data.batch_size from 64 to 32, seed_everything from 43 to 7" in said
+    assert "changed: data.batch_size from 16 to 32, seed_everything from 43 to 7" in said

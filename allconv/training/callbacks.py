@@ -161,8 +161,8 @@ def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool
             why = "it finds one constant rate: it needs --model.muon_lr 0 and --model.warmup null"
         if why:
             raise UsageError(f"{name}: {why}")
-        if name == "ModelPruning":  # torch's pruning cannot flatten channels-last weights
-            task.net.to(memory_format=torch.contiguous_format)
+        if name == "ModelPruning" and resumed and trainer.is_global_zero:
+            say("ModelPruning: resumed from pruned weights, the run will not match an unbroken one")
 
 
 def _our_name(metric: str) -> str:

@@ -79,8 +79,11 @@ class Table(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        if self.rows:
+        """Write what is left of a run that was not broken off.
+
+        One that was resumed from an older checkpoint drops later rows only with its first epoch.
+        """
+        if self.rows and status == "success":
             self._write()
 
 
