@@ -154,6 +154,15 @@ def best_row(run: Path) -> dict[str, float] | None:
     return max(rows, key=lambda row: row["val/acc"], default=None)
 
 
+def why_not_in(run: Path | None, step: int) -> str | None:
+    """Why a checkpoint of a step cannot be resumed in its run directory; None if it can."""
+    if not run:
+        return "in no run directory"
+    best = best_row(run)
+    # best.ckpt would be that of an epoch which the run no longer has
+    return "older than the best.ckpt of its run" if best and best["step"] >= step else None
+
+
 def read_yaml(path: Path) -> dict[str, object]:
     """Read a YAML mapping without aliases, at most 40 levels deep and 1 MB large."""
     try:

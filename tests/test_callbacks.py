@@ -249,7 +249,10 @@ def test_the_same_flags_again_do_not_repeat_a_callback(own_folder):
     assert (len(trainer["callbacks"]), len(trainer["logger"])) == (1, 1)
 
 
-@pytest.mark.parametrize("schedule", ["--model.warmup 0.2", "--model.milestones [1]"])
+MILESTONES = pytest.param("--model.milestones [1]", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("schedule", ["--model.warmup 0.2", MILESTONES])
 def test_a_run_is_that_of_the_batch_size_that_a_finder_found(schedule, own_folder):
     fit = [*FIT, *schedule.split(), "--trainer.max_epochs", "2"]
     fit += ["--trainer.limit_train_batches", "0.02"]  # their number depends on the batch size

@@ -219,14 +219,14 @@ def test_without_a_logger_checkpoints_are_lightnings(own_folder):
 @pytest.mark.parametrize(
     ("flags", "counts"),
     [
-        ("--trainer.limit_val_batches 1", "576 of 3,200 training and 500 of 800 validation"),
-        ("--trainer.fast_dev_run 1", "64 of 3,200 training and 500 of 800 validation"),
-        ("--trainer.limit_val_batches 0", "576 of 3,200 training and 0 of 800 validation"),
+        ("--trainer.limit_val_batches 1", "144 of 3,200 training and 500 of 800 validation"),
+        ("--trainer.fast_dev_run 1", "16 of 3,200 training and 500 of 800 validation"),
+        ("--trainer.limit_val_batches 0", "144 of 3,200 training and 0 of 800 validation"),
         (
             "--trainer.limit_val_batches 1 --trainer.check_val_every_n_epoch 2",
-            "576 of 3,200 training and 500 of 800 validation",
+            "144 of 3,200 training and 500 of 800 validation",
         ),
-        ("--trainer.check_val_every_n_epoch 2", "576 of 3,200 training and 800 validation"),
+        ("--trainer.check_val_every_n_epoch 2", "144 of 3,200 training and 800 validation"),
     ],
 )
 def test_the_head_counts_what_is_used(flags, counts, own_folder, capfd):

@@ -41,7 +41,7 @@ def test_the_teacher_sees_the_students_images_at_full_size(run):
     class Trainer:
         training, max_epochs, num_training_batches = True, 1, 10
         global_step, accumulate_grad_batches, current_epoch = 0, 1, 0
-        lightning_module, datamodule, ckpt_path = task, data, None
+        lightning_module, datamodule, callbacks, ckpt_path = task, data, [], None
 
     data.setup("fit")
     data.trainer = task._trainer = Trainer

@@ -128,7 +128,9 @@ def test_an_epoch_that_is_not_validated_shows_no_validation(own_folder, capfd):
     assert [value == "-" for value in shown] == [True, False, False]
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow)]
+)
 def test_metrics_do_not_lose_precision_with_the_weights(precision, run):
     main(["test", "--trainer.precision", precision])
     found = written(run, "test")

@@ -27,7 +27,7 @@ from conftest import (
 )
 
 from allconv.__main__ import main
-from allconv.rundir import write_atomic
+from allconv.rundir import read_metrics, write_atomic
 
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
@@ -118,7 +118,7 @@ def test_max_time_ends_a_run_after_a_whole_epoch(own_folder, capfd):
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
 )
 def test_signals_end_with_their_code_and_the_way_on(number, code, own_folder):
-    running = process(*FIT, "--trainer.max_epochs", "500", stderr=subprocess.PIPE)
+    running = process(*TINY, "--trainer.max_epochs", "500", stderr=subprocess.PIPE)
     wait_until(lambda: rows(RUN), running)
     running.send_signal(number)
     _, error = running.communicate(timeout=HANGS)
@@ -273,18 +273,45 @@ def test_two_writers_of_one_file_leave_a_whole_one(own_folder):
     assert [path.name for path in Path().iterdir()] == ["file"]
 
 
+# every epoch is kept; the second of three is the only one that is validated, and so the best
+KEPT = {"filename": "epoch{epoch}", "auto_insert_metric_name": False, "save_top_k": -1}
+KEPT |= {"save_on_train_epoch_end": True, "enable_version_counter": False}
+SECOND = [*TINY, "--trainer.check_val_every_n_epoch", "2", "--trainer.callbacks+=ModelCheckpoint"]
+SECOND += [f"--trainer.callbacks.{key}={value}" for key, value in KEPT.items()]
+
+
 def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
-    main([*TINY, "--config", str(REPO / "configs/every_epoch.yaml")])
+    main(SECOND)
     table = (RUN / "metrics.csv").read_text()
     LAST.rename("expected.ckpt")
     config = (RUN / "config.yaml").stat()
-    main(["fit", "--ckpt_path", str(LAST.with_name("epoch0.ckpt"))])
+    second = LAST.with_name("epoch1.ckpt")
+    states = torch.load(second, weights_only=True)["callbacks"]
+    (score,) = (state["best_model_score"] for key, state in states.items() if "Best" in key)
+    assert score == read_metrics(RUN)[1]["val/acc"]  # it was saved after best.ckpt
+    main(["fit", "--ckpt_path", str(second)])
     after = (RUN / "config.yaml").stat()  # nothing changed, nothing was written
     assert (after.st_mtime_ns, after.st_ino) == (config.st_mtime_ns, config.st_ino)
     assert_same_checkpoint(LAST, "expected.ckpt")
     assert (RUN / "metrics.csv").read_text() == table
     # an epoch has one file, not the stopped run's and "-v1" of the other
     assert len(list(LAST.parent.iterdir())) == 5
+
+
+def test_resuming_from_before_the_best_epoch_is_a_new_run(own_folder, capfd):
+    main(SECOND)
+    files = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
+    capfd.readouterr()
+    main(["fit", "--ckpt_path", str(LAST.with_name("epoch0.ckpt"))])
+    assert (
+        "older than the best.ckpt of its run: this is a new run from it" in capfd.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in files} == files
+    new = RUN.with_name("version_1")
+    assert read_metrics(new) == read_metrics(RUN)[1:]
+    for name in ("best.ckpt", "last.ckpt"):
+        nets = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (RUN, new)]
+        torch.testing.assert_close(*(net["state_dict"] for net in nets), rtol=0, atol=0)
 
 
 class Interrupt(lightning.Callback):
@@ -296,12 +323,12 @@ class Interrupt(lightning.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(own_folder, capfd):
-    main([*TINY, "--config", str(REPO / "configs/every_epoch.yaml")])
+def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(own_folder):
+    main(SECOND)
     files = {path: path.read_bytes() for path in (LAST, RUN / "metrics.csv")}
     stopped = ["--trainer.callbacks+=test_resume.Interrupt"]
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--ckpt_path", str(LAST.with_name("epoch0.ckpt")), *stopped])
+        main(["fit", "--ckpt_path", str(LAST.with_name("epoch1.ckpt")), *stopped])
     assert end.value.code == 130
     assert {path: path.read_bytes() for path in files} == files
 
@@ -325,4 +352,4 @@ def test_what_changes_the_run_is_named_when_it_goes_on(run, capfd):
     changes = "--trainer.max_epochs 4 --data.batch_size 32 --seed_everything 7".split()
     main([*RESUME, *changes])
     said = capfd.readouterr().out
-    assert "changed: data.batch_size from 16 to 32, seed_everything from 43 to 7" in said
+    assert "changed: data.batch_size from 16 to 32 (the learning rate goes by steps), seed_" in said

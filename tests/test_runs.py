@@ -93,7 +93,8 @@ def test_what_a_run_changed_against_its_recipe_is_listed(own_folder, capsys):
     layered, alone = (row["changes"] for row in listed(capsys)["runs"])
     few = "limit_train_batches 3, limit_val_batches 2"
     assert set(layered.split(", ")) == {"width 4", "max_epochs 1", *few.split(", ")}
-    expected = {"width 4", "decay_norms False", "demo True", "max_epochs 1", *few.split(", ")}
+    expected = {"width 4", "decay_norms False", "demo True", "batch_size 16", "max_epochs 1"}
+    expected |= {*few.split(", ")}
     assert set(alone.split(", ")) == expected
 
 
@@ -148,7 +149,7 @@ def test_a_narrow_terminal_has_the_changes_below_the_run(run, capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if line[:1].strip()][:3] == ["number", "0", "1"]
-    assert "changes: width 4, demo True" in lines[2]
+    assert "changes: width 4, batch_size 16" in lines[2]
 
 
 def test_an_ascii_terminal_gets_the_seeds_too(run):

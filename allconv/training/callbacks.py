@@ -72,6 +72,10 @@ class BestCheckpoint(ModelCheckpoint):
     second may be the user's.
     """
 
+    def __init__(self):
+        name = {"filename": "best", "enable_version_counter": False}
+        super().__init__(monitor="val/acc", mode="max", **name)
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt` before the first step, then after every whole epoch.
@@ -79,6 +83,10 @@ class LastCheckpoint(ModelCheckpoint):
     Before the first step, so that `--ckpt_path last` never means an older run. Only after whole
     epochs, since a run resumed within an epoch would differ from an uninterrupted one.
     """
+
+    def __init__(self):
+        name = {"filename": "last", "enable_version_counter": False}
+        super().__init__(save_on_train_epoch_end=True, **name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the initial state of a new run."""
@@ -175,12 +183,3 @@ def plugins(given: list) -> list:
     """The given plugins, and AtomicCheckpointIO unless they write checkpoints themselves."""
     own = any(isinstance(plugin, CheckpointIO) for plugin in given)
     return given if own else [*given, AtomicCheckpointIO()]
-
-
-def checkpoints() -> list[ModelCheckpoint]:
-    """The callbacks that keep best.ckpt and last.ckpt."""
-    replace = {"enable_version_counter": False}
-    return [
-        BestCheckpoint(monitor="val/acc", mode="max", filename="best", **replace),
-        LastCheckpoint(filename="last", save_on_train_epoch_end=True, **replace),
-    ]

@@ -133,7 +133,8 @@ class CLI(LightningCLI):
             if self.run_wanted:
                 added += [figures.Curves(), figures.Predictions()]
             if self.run_wanted and given.enable_checkpointing is not False:
-                added += callbacks.checkpoints()
+                own.insert(0, callbacks.BestCheckpoint())  # what saves after it records its result
+                added.append(callbacks.LastCheckpoint())
             if given.logger is False and not (given.enable_checkpointing or _any(own, Checkpoint)):
                 kwargs["enable_checkpointing"] = False  # Lightning would save in the folder
             kwargs["plugins"] = callbacks.plugins(as_list(given.plugins))
@@ -165,9 +166,9 @@ class CLI(LightningCLI):
                 run, step = self.checkpoint.run, self.checkpoint.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
-            if not run and self.checkpoint:
-                say(f"{self.checkpoint.path} is in no run directory: this is a new run from it")
-            if not run:
+            if why := self.checkpoint and rundir.why_not_in(run, step):
+                say(f"{self.checkpoint.path} is {why}: this is a new run from it")
+            if why or not run:
                 run = self.created = rundir.create(self.logs)
             self.held.enter_context(rundir.lock(run))
             now = self.checkpoint and checkpoints.load(self.checkpoint.path, resume=True)
@@ -221,10 +222,9 @@ class CLI(LightningCLI):
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
                 message += f"; resume with: python -m allconv fit --ckpt_path {last}"
-            if not self.trainer.is_global_zero:  # rank 0 says it
-                message = ""
             if stop.code in (130, 143):
-                raise StoppedError(message, stop.code) from None
+                told = message if self.trainer.is_global_zero else ""  # by rank 0
+                raise StoppedError(told, stop.code) from None
             raise
 
     def test(self, **kwargs) -> None:

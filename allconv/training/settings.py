@@ -33,7 +33,8 @@ FREE = re.compile(
 # trainer settings that Lightning divides by
 DIVISORS = {"accumulate_grad_batches", "check_val_every_n_epoch", "limit_train_batches"}
 DIVISORS |= {"val_check_interval"}
-GROUPS = {"trainer", "model", "data"}
+STEPS = ("data.batch_size", "trainer.accumulate_grad_batches", "trainer.limit_train_batches")
+REMARKS = dict.fromkeys(STEPS, " (the learning rate goes by steps)")
 # flags that are read before the others are parsed
 EARLY = ("ckpt_path", "init", "trainer.default_root_dir", "model.num_classes")
 # packages whose classes a run's config.yaml may name
@@ -91,7 +92,7 @@ def early(args: list[str]) -> tuple[dict[str, object], list[Path], list[str]]:
         except RunError as error:
             raise UsageError(f"--config {error}") from None
         files.append(path)
-    for group in GROUPS & named.keys():
+    for group in {"trainer", "model", "data"} & named.keys():
         raise UsageError(f"{group} is {named[group]}: expected keys and values")
     front = [("config", path) for path in files] + list(flags.items())
     return named | flags, files, [*(f"--{key}={value}" for key, value in front), *rest]
@@ -235,8 +236,8 @@ def changes(before: dict[str, object], config: Namespace) -> list[str]:
     Raises:
         UserError: the run was trained with other data.
     """
-    plain = json.loads(json.dumps(config.as_dict(), default=str))  # types as in a file
-    before, now = flat(before), flat(plain)
+    # now: types as in a file
+    before, now = flat(before), flat(json.loads(json.dumps(config.as_dict(), default=str)))
     changed = {k for k in before if now.get(k) != before[k] and not FREE.match(k)}
     for key in sorted({f"data.{key}" for key in SPLIT} & changed):
         raise UserError(
@@ -245,5 +246,5 @@ def changes(before: dict[str, object], config: Namespace) -> list[str]:
         )
     if config.model.warmup is None and not config.data.sizes:  # nothing depends on it
         changed.discard("trainer.max_epochs")
-    told = {k: f"{k} from {before[k]} to {now.get(k)}" for k in sorted(changed)}
+    told = {k: f"{k} from {before[k]} to {now.get(k)}{REMARKS.get(k, '')}" for k in sorted(changed)}
     return [text if len(text) < 100 else key for key, text in told.items()]  # of callbacks
