@@ -72,13 +72,20 @@ def runs(logs: Path) -> list[Path]:
     return sorted(found, key=number)
 
 
-def create(logs: Path) -> Path:
-    """Create the next free run directory; two processes never get the same one."""
+def create(logs: Path, begin: Path | None = None) -> Path:
+    """Create the next free run directory; two processes never get the same one.
+
+    `begin` is the checkpoint that the run goes on from, if any: its last.ckpt for now.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1 + max(map(number, runs(logs)), default=-1)):
         with contextlib.suppress(FileExistsError):
-            (logs / f"version_{n}").mkdir()
-            return logs / f"version_{n}"
+            run = logs / f"version_{n}"
+            run.mkdir()
+            if begin:
+                last = run / "checkpoints/last.ckpt"
+                write_atomic(last, lambda file: file.write(begin.read_bytes()))
+            return run
 
 
 @contextlib.contextmanager

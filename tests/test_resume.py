@@ -8,7 +8,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 import yaml
@@ -28,6 +27,7 @@ from conftest import (
 
 from allconv.__main__ import main
 from allconv.rundir import read_metrics, write_atomic
+from allconv.task import Classifier
 
 # dropout, augmentation and both kinds of schedule
 RECIPES = {
@@ -44,7 +44,7 @@ RESUME = ["fit", "--ckpt_path", "last"]
 @pytest.mark.parametrize("recipe", [pytest.param("notebook", marks=SLOW), "strong"])
 def test_killed_and_resumed_equals_never_stopped(recipe, own_folder, monkeypatch):
     """Twice killed with SIGKILL, once in the first epoch, each time resumed in a new process."""
-    settings = [*FIT, *RECIPES[recipe].split(), "--trainer.limit_train_batches", "16"]
+    settings = [*FIT, *RECIPES[recipe].split(), "--trainer.limit_train_batches", "8"]
     main(settings)
     whole = RUN.absolute()
 
@@ -298,7 +298,21 @@ def test_resuming_from_an_earlier_epoch_is_exact(own_folder):
     assert len(list(LAST.parent.iterdir())) == 5
 
 
-def test_resuming_from_before_the_best_epoch_is_a_new_run(own_folder, capfd):
+def stopped_at_once(monkeypatch, *args):
+    """A command with Ctrl-C in its first step, when something has been logged already."""
+
+    def stop(task, batch, batch_idx):
+        task.trainer.loggers[1].log_metrics({"own": 1.0}, task.global_step)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(Classifier, "training_step", stop)
+        main(list(args))
+    assert end.value.code == 130
+
+
+def test_resuming_from_before_the_best_epoch_is_a_new_run(own_folder, capfd, monkeypatch):
+    """It has a last.ckpt from the beginning, and may itself be resumed."""
     main(SECOND)
     files = {path: path.read_bytes() for path in RUN.rglob("*.*") if path.is_file()}
     capfd.readouterr()
@@ -314,22 +328,12 @@ def test_resuming_from_before_the_best_epoch_is_a_new_run(own_folder, capfd):
         torch.testing.assert_close(*(net["state_dict"] for net in nets), rtol=0, atol=0)
 
 
-class Interrupt(lightning.Callback):
-    """Ctrl-C in the second step."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.loggers[1].log_metrics({"own": 1.0}, trainer.global_step)
-        if batch_idx == 1:
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(own_folder):
+def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(
+    own_folder, monkeypatch
+):
     main(SECOND)
     files = {path: path.read_bytes() for path in (LAST, RUN / "metrics.csv")}
-    stopped = ["--trainer.callbacks+=test_resume.Interrupt"]
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--ckpt_path", str(LAST.with_name("epoch1.ckpt")), *stopped])
-    assert end.value.code == 130
+    stopped_at_once(monkeypatch, "fit", "--ckpt_path", str(LAST.with_name("epoch1.ckpt")))
     assert {path: path.read_bytes() for path in files} == files
 
 

@@ -147,12 +147,12 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data before creating the run directory, so a failure leaves no empty one."""
-        config, trainer, run, step = self.config.fit, self.trainer, None, 0
-        done = self.checkpoint and self.checkpoint.epoch
-        if config.init is not None and not self.checkpoint:
+        config, trainer, begin, run, step = self.config.fit, self.trainer, self.checkpoint, None, 0
+        done = begin and begin.epoch
+        if config.init is not None and not begin:
             self._begin_with(checkpoints.load(checkpoints.find(config.init, self.logs, "init")))
-        self.model.net.initialized = bool(self.checkpoint or config.init)
-        callbacks.check(trainer, self.model, self.datamodule, resumed=bool(self.checkpoint))
+        self.model.net.initialized = bool(begin or config.init)
+        callbacks.check(trainer, self.model, self.datamodule, resumed=bool(begin))
         if done and 0 <= trainer.max_epochs <= done:
             raise UsageError(f"{done} epochs are done; set --trainer.max_epochs above {done}")
         if trainer.world_size > 1:  # Lightning's handler would wait for the other processes
@@ -162,16 +162,16 @@ class CLI(LightningCLI):
         if trainer.is_global_zero:  # the other processes write nothing
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-            if self.checkpoint:
-                run, step = self.checkpoint.run, self.checkpoint.step
+            if begin:
+                run, step = begin.run, begin.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
-            if why := self.checkpoint and rundir.why_not_in(run, step):
-                say(f"{self.checkpoint.path} is {why}: this is a new run from it")
+            if why := begin and rundir.why_not_in(run, step):
+                say(f"{begin.path} is {why}: this is a new run from it")
             if why or not run:
-                run = self.created = rundir.create(self.logs)
+                run = self.created = rundir.create(self.logs, begin and begin.path)
             self.held.enter_context(rundir.lock(run))
-            now = self.checkpoint and checkpoints.load(self.checkpoint.path, resume=True)
+            now = begin and checkpoints.load(begin.path, resume=True)
             if now and now.step != step:
                 raise rundir.RunError(f"{now.path}: another process has just resumed this run")
         trainer.loggers = [*loggers(run or Path(rundir.LOGS, "version_0"), step), *self.loggers]
