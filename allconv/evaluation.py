@@ -87,7 +87,7 @@ def _remark(checkpoint, data, split: str) -> str | None:
     now = {**now, "digest": data.digest or trained.get("digest")}
     keys = ("val_size", "split_seed", "digest")
     if split == "val" and any(trained.get(key, now[key]) != now[key] for key in keys):
-        return "another split than in training: the network has seen some of these images"
+        return "other images or another split than in training: it may have seen some of these"
 
 
 def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
