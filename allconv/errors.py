@@ -82,6 +82,8 @@ def command() -> Iterator[None]:
     """Context of every command: a user error becomes one line, any other keeps its traceback."""
     if sys.stdout is None:
         end(1, "standard output is closed")
+    with contextlib.suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal lacks characters
     rank = os.environ.get("LOCAL_RANK", "0")
     if not rank.isdigit():
         end(2, f"the environment variable LOCAL_RANK is {rank}: it must be a number")

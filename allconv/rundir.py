@@ -18,6 +18,7 @@ import yaml
 
 from allconv.errors import UserError, say
 
+FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where built
 LOGS = "lightning_logs"
 CONFIGS = Path(__file__).parent / "configs"  # the recipes
 CONFIGS = CONFIGS if CONFIGS.is_dir() else CONFIGS.parent.parent / "configs"  # in a clone
@@ -176,7 +177,7 @@ def read_yaml(path: Path) -> dict[str, object]:
         if not path.is_file() or path.stat().st_size > 10**6:
             raise ValueError("expected a file of at most 1 MB")
         text, depth = path.read_text("utf-8"), 0
-        for event in yaml.parse(text):
+        for event in yaml.parse(text, FastLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > 40 or isinstance(event, yaml.AliasEvent):
@@ -190,7 +191,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     return content
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(FastLoader):
     """Rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -579,6 +579,13 @@ def test_code_that_a_runs_configuration_names_is_not_run(run, capfd, refused):
     assert not Path("was_run").exists()
 
 
+def test_an_edited_configuration_of_a_run_is_not_passed_over(run, refused):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("\n  lr: 0.1\n", "\n  lr: 0.2\n"))
+    line = refused("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", code=1)
+    assert "model.lr is 0.2, but" in line
+
+
 @pytest.mark.parametrize("content", [bytes(range(256)), b"model: {"], ids=["binary", "broken"])
 def test_a_damaged_configuration_of_a_run_is_named_in_one_line(content, run, refused):
     (run / "config.yaml").write_bytes(content)

@@ -55,9 +55,9 @@ def test_images_have_the_nets_precision(settings, own_folder, capfd):
 
 
 def test_a_random_seed_is_random_and_written_down(own_folder, monkeypatch):
-    for _ in range(2):
+    for before in ("", "abc"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", before)  # Lightning's word to child processes
         main([*ONE, "1", "--seed_everything", "true"])
-        monkeypatch.delenv("PL_GLOBAL_SEED")  # Lightning's word to child processes
     found = {
         yaml.safe_load(path.read_text())["seed_everything"]
         for path in Path("lightning_logs").glob("*/config.yaml")

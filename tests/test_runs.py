@@ -161,6 +161,15 @@ def test_an_ascii_terminal_gets_the_seeds_too(run):
         assert "(n = 2)" in said
 
 
+def test_an_ascii_terminal_gets_the_names_of_files(run):
+    name = "\u732b.png"
+    Path(name).write_bytes((REPO / "lightning_logs/reference/test.png").read_bytes())
+    variables = {"PYTHONIOENCODING": "ascii"}
+    child = process("predict", name, "--ckpt_path", "best", env={**os.environ, **variables})
+    assert r"\u732b.png" in child.communicate()[0]
+    assert child.returncode == 0
+
+
 def test_control_characters_are_escaped(run, capsys):
     main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "4", "--recipe", "a\x1b[31mb\nc"])
     capsys.readouterr()

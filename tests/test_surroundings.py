@@ -36,14 +36,18 @@ def test_a_bad_rank_is_named(own_folder, refused, monkeypatch):
     assert "LOCAL_RANK is abc" in refused("runs", code=2)
 
 
-def test_a_tilde_is_the_home_folder(own_folder, monkeypatch):
-    """Also where no shell replaces it: after `=`, and in a file."""
-    monkeypatch.setenv("HOME", str(own_folder / "home"))
+def test_a_tilde_is_the_home_folder(own_folder, monkeypatch, capfd):
+    """Also where no shell replaces it: after `=`, and in a file. A space in it can be copied."""
+    monkeypatch.setenv("HOME", str(own_folder / "my home"))
     Path("places.yaml").write_text("data: {data_dir: ~/d}\ntrainer: {default_root_dir: ~/r}\n")
     main([*FIT.split(), "--config", "places.yaml", "--trainer.max_epochs", "1"])
+    logs = str(own_folder / "my home/r/lightning_logs")
+    said = capfd.readouterr().out
+    assert f"test --ckpt_path '{logs}/version_0/checkpoints/best.ckpt'\n" in said
+    assert f"tensorboard --logdir '{logs}'\n" in said
     main(["test", "--ckpt_path=~/r/lightning_logs/version_0"])
-    assert {path.name for path in Path("home").iterdir()} == {"d", "r"}
-    assert Path("home/r", RUN, "test.json").is_file()
+    assert {path.name for path in Path("my home").iterdir()} == {"d", "r"}
+    assert Path("my home/r", RUN, "test.json").is_file()
     assert not Path("~").exists()
     assert not Path("lightning_logs").exists()
 

@@ -10,6 +10,7 @@ import json
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def export(out: str, ckpt_path: str = "best", calibrate: bool = False) -> None:
     rundir.write_atomic(path, lambda file: file.write(content))
     results = [f"{k}/acc {metadata[k]['acc']:.4f}" for k in ("val", "test") if k in metadata]
     print(f"{checkpoint.path}, epoch {metadata['epoch']}: {', '.join(results) or 'not evaluated'}")
-    print(f"written: {path} ({len(content) / 1e6:.2f} MB)\n{remark.format(path)}")
+    print(f"written: {path} ({len(content) / 1e6:.2f} MB)\n{remark.format(quote(str(path)))}")
 
 
 def describe(checkpoint: "Checkpoint") -> dict[str, object]:

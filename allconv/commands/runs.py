@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -175,9 +176,8 @@ def main(args: list[str]) -> None:
     if given.json:
         print(json.dumps({"runs": rows, "seeds": groups}, indent=2))
         return
-    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal has no ±
     _print(rows)
     if groups:
         print("\nover seeds, mean ± standard deviation:")
         _print(groups)
-    print(f"\ncurves: tensorboard --logdir {printable(given.logs)}")
+    print(f"\ncurves: tensorboard --logdir {shlex.quote(printable(given.logs))}")

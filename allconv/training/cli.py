@@ -19,7 +19,7 @@ from allconv.errors import OUTPUT_ERRORS, StoppedError, UsageError, UserError, s
 from allconv.task import Classifier
 from allconv.training import callbacks, figures, runtime, settings
 from allconv.training.loggers import SaveConfig, loggers
-from allconv.training.progress import Progress, run_directory
+from allconv.training.progress import Progress, resume_with, run_directory
 from allconv.training.settings import as_list
 
 # what Lightning and our own classes raise for invalid settings
@@ -221,7 +221,7 @@ class CLI(LightningCLI):
         except SystemExit as stop:
             run, message = run_directory(self.trainer), "stopped"
             if run and (last := run / "checkpoints" / "last.ckpt").is_file():
-                message += f"; resume with: python -m allconv fit --ckpt_path {last}"
+                message += f"; {resume_with(last)}"
             if stop.code in (130, 143):
                 told = message if self.trainer.is_global_zero else ""  # by rank 0
                 raise StoppedError(told, stop.code) from None

@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -25,6 +26,11 @@ def run_directory(trainer: Trainer) -> Path | None:
     logger = trainer.loggers[0] if trainer.loggers else None
     folder = getattr(logger, "log_dir", None)
     return Path(folder) if folder else None
+
+
+def resume_with(last: Path) -> str:
+    """The command that resumes a run from its last.ckpt."""
+    return f"resume with: python -m allconv fit --ckpt_path {quote(str(last))}"
 
 
 class Progress(Callback):
@@ -88,7 +94,7 @@ class Progress(Callback):
             self.bar.start()
             for handler in logging.getLogger("lightning.pytorch").handlers:
                 handler.setStream(sys.stderr)  # the bar's by now: messages appear above it
-            self.task = self.bar.add_task("", text="")
+            self.task = self.bar.add_task("", total=trainer.num_training_batches, text="")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the running mean of the loss."""
@@ -186,8 +192,7 @@ class Progress(Callback):
             self._print(
                 f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
                 f"{trainer.global_step}: last.ckpt holds {whole} whole "
-                f"epoch{'' if whole == 1 else 's'}; resume with: python -m allconv fit "
-                f"--ckpt_path {last}"
+                f"epoch{'' if whole == 1 else 's'}; {resume_with(last)}"
             )
         if best := best_row(run):
             title = trainer.datamodule.dataset.title
@@ -199,8 +204,9 @@ class Progress(Callback):
         self._print(f"run directory: {run}")
         # without validation there is no best
         found = [p for p in (last.with_name("best.ckpt"), last) if p.is_file()]
-        commands = [f"python -m allconv test --ckpt_path {path}" for path in found[:1] if whole]
-        commands.append(f"tensorboard --logdir {run.parent}")
+        paths = [quote(str(path)) for path in found[:1] if whole]
+        commands = [f"python -m allconv test --ckpt_path {path}" for path in paths]
+        commands.append(f"tensorboard --logdir {quote(str(run.parent))}")
         self._print("next: " + "\n      ".join(commands))
 
     @rank_zero_only

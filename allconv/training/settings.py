@@ -129,8 +129,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
     for key in left_out if command == "fit" else left_out | {"logger", "profiler"}:
         if trainer.pop(key, None) not in (None, -1) and command == "fit":
-            text = f"left out: the run's trainer.{key}, which would end it again at once"
-            rank_zero_only(print)(text, flush=True)
+            rank_zero_only(print)(f"left out: the run's trainer.{key}, which would end it at once")
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)] or None
@@ -141,7 +140,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     except (argparse.ArgumentError, ValueError) as error:
         hint = "; of a subclass? trainer.test in Python takes it" if "accept" in str(error) else ""
         raise CheckpointError(f"{checkpoint.path}: {error}{hint}") from None
-    model |= checkpoint.hparams
+    model = checkpoint.hparams | model
     data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
     data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
     settings |= {"trainer": trainer, "model": model, "data": data}
@@ -200,7 +199,8 @@ def resolve(config: Namespace, logs: Path, command: str, resumed: bool) -> None:
     """Replace settings by what they mean now, as config.yaml is to record it."""
     config.ckpt_path = None  # it belongs to this call, not to the run
     if isinstance(config.seed_everything, bool):  # random, and the same in all processes
-        config.seed_everything = int(os.environ.get("PL_GLOBAL_SEED", random.getrandbits(32)))
+        seed = os.environ.get("PL_GLOBAL_SEED", "")
+        config.seed_everything = int(seed) if seed.isdigit() else random.getrandbits(32)
     for key in ("model.teacher",) if resumed else ("model.teacher", "init"):
         if command == "fit" and config[key] not in (None, "pretrained"):  # best changes with time
             config[key] = str(find(config[key], logs, key))
