@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +30,17 @@ def _other_data(checkpoint, dataset) -> bool:
     return bool(checkpoint.data) and checkpoint.dataset != dataset
 
 
-def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
+def write(checkpoint, data, command: str, metrics, save_figures: Callable[[], None]) -> None:
     """Print the results of an evaluation, and write them unless it was only of a part of a split.
 
     Args:
         checkpoint: the `allconv.checkpoints.Checkpoint` that was evaluated.
         data: the `allconv.CIFAR100` that it was evaluated on.
         command: "test" or "validate".
-        metrics: the split's metrics.
+        metrics: the split's metrics by name, as tensors of one element.
+        save_figures: writes the figures, after the results.
     """
+    metrics = {name: value.item() for name, value in metrics.items()}
     split = "test" if command == "test" else "val"
     if f"{split}/n" not in metrics:
         limit = f"trainer.limit_{split}_batches is 0"
@@ -49,6 +52,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         "data": title,
         "checkpoint": str(checkpoint.path),
         "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
         "val_size": data.hparams.val_size,
         "split_seed": data.hparams.split_seed,
         "remark": _remark(checkpoint, data, split),
@@ -67,6 +71,7 @@ def write(checkpoint, data, command: str, metrics: dict[str, float]) -> None:
         print(f"nothing is written: these are {n:,} of {whole:,} images")
         return
     write_text(base.with_name(f"{base.name}.json"), json.dumps(result, indent=2) + "\n")
+    save_figures()
     print(f"written: {base}.json, {base.name}.png, {base.name}_confusion.png")
 
 
@@ -90,13 +95,14 @@ def _remark(checkpoint, data, split: str) -> str | None:
         return "other images or another split than in training: it may have seen some of these"
 
 
-def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
+def read(base: Path, checkpoint: str, epoch: int | None, step: int) -> dict[str, object]:
     """The results of an evaluation, if they are this checkpoint's.
 
     Args:
         base: the files without their suffixes, see `place`.
         checkpoint: the checkpoint's file name.
         epoch: the number of epochs it was trained for.
+        step: the number of optimizer steps; an epoch may have been validated more than once.
 
     Returns:
         The file's content; {} if it is another checkpoint's, or has a remark.
@@ -105,15 +111,19 @@ def read(base: Path, checkpoint: str, epoch: int | None) -> dict[str, object]:
         path = base.with_name(f"{base.name}.json")
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         of = Path(found["checkpoint"]).name, found["epoch"], found["remark"]
+        same_step = found.get("step", step) == step  # not in the reference run's
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not ours
         return {}
-    return found if of == (checkpoint, epoch, None) else {}
+    return found if same_step and of == (checkpoint, epoch, None) else {}
 
 
 def tested(run: Path) -> dict[str, object]:
     """The results of `test` of a run: of best.ckpt, or of last.ckpt if there was no validation."""
     if best := best_row(run):
         # a validation within an epoch saves best.ckpt before the epoch counts
-        return read(run / "test", "best.ckpt", best["epoch"] + ("train/loss" in best))
-    epochs = read_metrics(run)
-    return read(run / "test_last", "last.ckpt", epochs[-1]["epoch"] + 1) if epochs else {}
+        epoch = best["epoch"] + ("train/loss" in best)
+        return read(run / "test", "best.ckpt", epoch, best["step"] + 1)
+    if not (epochs := read_metrics(run)):
+        return {}
+    last = epochs[-1]
+    return read(run / "test_last", "last.ckpt", last["epoch"] + 1, last["step"] + 1)

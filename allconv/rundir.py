@@ -51,7 +51,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a disk error
         while error.__context__:
             error = error.__context__  # and hides its cause
-        raise RunError(f"{path}: cannot be written ({error}); the earlier one is kept") from None
+        kept = "; the earlier one is kept" if os.path.exists(path) else ""
+        raise RunError(f"{path}: cannot be written ({error}){kept}") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -162,13 +163,16 @@ def best_row(run: Path) -> dict[str, float] | None:
     return max(rows, key=lambda row: row["val/acc"], default=None)
 
 
-def why_not_in(run: Path | None, step: int) -> str | None:
+def why_not_in(run: Path | None, path: Path, step: int) -> str | None:
     """Why a checkpoint of a step cannot be resumed in its run directory; None if it can."""
     if not run:
         return "in no run directory"
     best = best_row(run)
-    # best.ckpt would be that of an epoch which the run no longer has
-    return "older than the best.ckpt of its run" if best and best["step"] >= step else None
+    # best.ckpt would be that of an epoch which the run no longer has; if it is of the epoch in
+    # which the run was broken off, last.ckpt leads to it again
+    if path.name != "last.ckpt" and best and best["step"] >= step:
+        return "older than the best.ckpt of its run"
+    return None
 
 
 def read_yaml(path: Path) -> dict[str, object]:

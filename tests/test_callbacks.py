@@ -331,3 +331,37 @@ def test_the_reason_of_an_earlier_stop_is_not_told_again(own_folder, capfd):
     out = capfd.readouterr().out
     assert f"of {epochs + 1} on the demo set" in out
     assert "stopped early" not in out
+
+
+class Unfit(callbacks.Callback):
+    """Cannot begin."""
+
+    def setup(self, trainer, pl_module, stage):
+        raise ValueError("a package is missing")
+
+
+def test_a_resumed_run_that_cannot_begin_is_left_as_it_was(own_folder):
+    main(FIT)
+    files = {path: path.read_bytes() for path in RUN.rglob("*.*") if "tfevents" not in path.name}
+    more = ["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    with pytest.raises(ValueError, match="is missing"):
+        main([*more, *flags("test_callbacks.Unfit")])
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_timer_does_not_end_the_resumed_run_at_once(own_folder, capfd):
+    timer = flags("Timer", duration="00:00:00:01", interval="epoch")
+    main([*FIT, *timer, "--trainer.max_epochs", "500"])
+    done = len(read_metrics(RUN))
+    assert f"; resume with: python -m allconv fit --ckpt_path {LAST}" in capfd.readouterr().out
+    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", str(done + 1)])
+    assert "left out: the run's Timer" in capfd.readouterr().out
+    assert len(read_metrics(RUN)) == done + 1
+
+
+def test_a_stop_that_min_epochs_delays_is_an_early_stop(own_folder, capfd):
+    stop = flags("EarlyStopping", monitor="val/acc", mode="max", patience=1, min_delta=0.9)
+    main([*FIT, *stop, "--trainer.min_epochs", "4", "--trainer.max_epochs", "9"])
+    out = capfd.readouterr().out
+    assert len(read_metrics(RUN)) == 4
+    assert "resume with" not in out

@@ -337,6 +337,15 @@ def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(
     assert {path: path.read_bytes() for path in files} == files
 
 
+def test_broken_off_after_its_best_validation_a_run_goes_on_in_its_directory(own_folder):
+    """The best.ckpt of the epoch that is trained again is newer than last.ckpt."""
+    main([*TINY, *"--trainer.val_check_interval 4 --trainer.max_steps 5".split()])
+    assert read_metrics(RUN)[0]["step"] == 3
+    main(RESUME)
+    assert not RUN.with_name("version_1").exists()
+    assert rows(RUN) > 3
+
+
 def test_resuming_does_not_need_the_weights_that_the_run_began_with(run, capfd):
     Path("begin.ckpt").write_bytes(LAST.read_bytes())
     main([*TINY, "--init", "begin.ckpt", "--trainer.max_epochs", "1", "--model.lr", "1e-9"])

@@ -69,6 +69,9 @@ def test_the_best_validation_is_the_best_checkpoints(validated, own_folder, caps
     assert row["val/acc"] == pytest.approx(found["val/acc"])
     assert float(shown) == pytest.approx(100 * found["val/acc"], abs=0.01)
     assert row["test/acc"] == tested["test/acc"]
+    # of the best validation so far, when the epoch went on
+    (RUN / "test.json").write_text(json.dumps({**tested, "step": tested["step"] - 4}))
+    assert listed(capsys)["runs"][0]["test/acc"] is None
 
 
 def test_a_run_goes_on_from_a_validation_in_an_epochs_last_step(own_folder, capsys):

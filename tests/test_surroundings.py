@@ -1,7 +1,9 @@
 """What the shell, the environment and other processes do to a command."""
 
+import ctypes
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +36,28 @@ def test_output_that_cannot_be_written_is_one_line(command, run):
 def test_a_bad_rank_is_named(own_folder, refused, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "abc")
     assert "LOCAL_RANK is abc" in refused("runs", code=2)
+
+
+def without_capabilities():
+    """Before a root process starts: it may then read and write only what the modes allow."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_run_of_somebody_else(run):
+    """Tested where it may only be read, its results are printed; unreadable, it is listed."""
+    said = {}
+    for command, mode in (("test", 0o500), ("runs", 0)):
+        try:
+            run.chmod(mode)
+            child = process(command, preexec_fn=without_capabilities)
+            said[command] = child.communicate()[0]
+        finally:
+            run.chmod(0o700)
+    assert "test/acc" in said["test"]
+    assert re.search(r"test.json: cannot be written .*; the earlier one is kept", said["test"])
+    assert re.search(r"\n0 .* permission denied", said["runs"])
 
 
 def test_a_tilde_is_the_home_folder(own_folder, monkeypatch, capfd):

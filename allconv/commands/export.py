@@ -59,7 +59,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, object]:
     from allconv.datasets.cifar100 import MEAN, STD
     from allconv.model import AllCNN
 
-    data, of = checkpoint.data, (checkpoint.path.name, checkpoint.epoch)
+    data, of = checkpoint.data, (checkpoint.path.name, checkpoint.epoch, checkpoint.step)
     if checkpoint.metadata:
         return checkpoint.metadata
     if not data:

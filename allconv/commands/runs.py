@@ -1,6 +1,7 @@
 """`python -m allconv runs`: list runs and results, with mean and deviation over seeds."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -27,6 +28,9 @@ BELOW = ("best_epoch", "when", "changes", "problem")  # below the row, in a narr
 
 def describe(run: Path) -> tuple[Row, dict[str, object]]:
     """A run's row, with None for what is unknown, and its configuration."""
+    if not os.access(run, os.R_OK | os.X_OK):
+        unknown = dict.fromkeys([*COLUMNS.split(), "max_epochs"])
+        return unknown | {"number": _name(run), "problem": "permission denied"}, {}
     config, metrics, best, problems = {}, [], {}, []
     try:
         config = rundir.read_config(run)
@@ -47,7 +51,7 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     test = evaluation.tested(run) if metrics else {}
     known = "demo" if data.get("demo") else "CIFAR-100"
     row = {
-        "number": run.name if rundir.number(run) < 0 else rundir.number(run),
+        "number": _name(run),
         "recipe": config.get("recipe"),
         "data": (data.get("folder") or known) if data else None,
         "width": model.get("width"),
@@ -63,6 +67,10 @@ def describe(run: Path) -> tuple[Row, dict[str, object]]:
     }
     # a damaged configuration may hold anything
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in row.items()}, config
+
+
+def _name(run: Path) -> str | int:
+    return run.name if rundir.number(run) < 0 else rundir.number(run)
 
 
 def _changes(run: Path, config: dict[str, object]) -> list[str]:

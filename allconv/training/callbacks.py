@@ -129,7 +129,7 @@ class StepLoss(Callback):
             )
 
 
-LOGGED = {"train/loss", "val/loss", "val/acc", "val/top5", "val/n", "lr"}
+LOGGED = {"loss", "train/loss", "val/loss", "val/acc", "val/top5", "val/n", "lr"}
 WORST = {("val/acc", "min"), ("val/top5", "min"), ("val/loss", "max"), ("train/loss", "max")}
 REFUSED = {
     "GradientAccumulationScheduler": "it changes the number of steps, which the learning rate "

@@ -122,7 +122,8 @@ class CLI(LightningCLI):
         if not fit:
             kwargs["enable_progress_bar"] = own_bar or bar
             base = evaluation.place(self.checkpoint, self.subcommand, self.datamodule.dataset)
-            added = [figures.Predictions(base)]
+            self.predictions = figures.Predictions(base)
+            added = [self.predictions]
         elif given.barebones:
             added = [callbacks.EpochSeed()]
         else:
@@ -166,7 +167,7 @@ class CLI(LightningCLI):
                 run, step = begin.run, begin.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
-            if why := begin and rundir.why_not_in(run, step):
+            if why := begin and rundir.why_not_in(run, begin.path, step):
                 say(f"{begin.path} is {why}: this is a new run from it")
             if why or not run:
                 run = self.created = rundir.create(self.logs, begin and begin.path)
@@ -213,8 +214,7 @@ class CLI(LightningCLI):
             if as_is or getattr(error, "errno", 0) in OUTPUT_ERRORS:
                 raise
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            missing = "raised by " + inspect.trace()[-1].function  # a method is not implemented
-            message = f"{kind}{str(error) or missing}"
+            message = kind + (str(error) or f"raised by {inspect.trace()[-1].function}")
             if self.checkpoint and not isinstance(error, FLAG_ERRORS):
                 raise checkpoints.CheckpointError(f"{self.checkpoint.path}: {message}") from None
             raise UsageError(message) from None
@@ -232,8 +232,8 @@ class CLI(LightningCLI):
         self.model.net.load_state_dict(self.checkpoint.weights)
         self._run(verbose=False, **kwargs)
         if self.trainer.is_global_zero:
-            metrics = {k: v.item() for k, v in self.trainer.callback_metrics.items()}
-            evaluation.write(self.checkpoint, self.datamodule, self.subcommand, metrics)
+            metrics, save = self.trainer.callback_metrics, self.predictions.save
+            evaluation.write(self.checkpoint, self.datamodule, self.subcommand, metrics, save)
 
     validate = test
 

@@ -58,6 +58,12 @@ class Predictions(Callback):
 
     def __init__(self, base: Path | None = None):
         self.base = base
+        self.figures: dict[str, Figure] = {}  # of an evaluation, by the end of their name
+
+    def save(self) -> None:
+        """Write the figures of an evaluation."""
+        for end, figure in self.figures.items():
+            save(figure, self.base.with_name(f"{self.base.name}{end}.png"), 120)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset what is collected."""
@@ -104,9 +110,8 @@ class Predictions(Callback):
         sheet = plots.predictions(images, labels, logits[index], names, title, columns)
         inches = 10 if self.base else 6  # labels that can be read at 350 pixels
         confusion = plots.confusion(matrix, names, groups, title, inches)
-        if self.base:
-            save(sheet, self.base.with_name(f"{self.base.name}.png"), 120)
-            save(confusion, self.base.with_name(f"{self.base.name}_confusion.png"), 120)
+        if self.base:  # written after the results are printed
+            self.figures = {"": sheet, "_confusion": confusion}
         else:
             board, step = trainer.loggers[0].experiment, trainer.global_step - 1
             board.add_figure("predictions", sheet, step)

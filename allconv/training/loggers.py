@@ -109,15 +109,15 @@ class SaveConfig(SaveConfigCallback):
         chart = ["Multiline", ["^train/loss$", "^val/loss$"]]
         board.add_custom_scalars({"loss": {"training and validation": chart}})
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: a resumed run whose start fails is left as it was."""
+
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what a BatchSizeFinder or LearningRateFinder has found."""
-        found = {"data.batch_size": trainer.datamodule.hparams.batch_size}
-        found["model.lr"] = pl_module.hparams.lr
-        if changed := {k: v for k, v in found.items() if self.config[k] != v}:
-            for key, value in changed.items():
-                self.config[key] = value
-            self.save_config(trainer, pl_module, "fit")
+        """Save the configuration, with what a BatchSizeFinder or LearningRateFinder has found."""
+        self.config["data.batch_size"] = trainer.datamodule.hparams.batch_size
+        self.config["model.lr"] = pl_module.hparams.lr
+        self.save_config(trainer, pl_module, "fit")
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

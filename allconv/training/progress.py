@@ -187,8 +187,9 @@ class Progress(Callback):
                 self._print(f"stopped early: {reason}")
         whole = epochs if trainer.is_last_batch else epochs - 1
         stopped = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
-        early = trainer.should_stop and epochs in stopped
-        if whole < epochs or (whole < trainer.max_epochs and not early):
+        # in this session, and perhaps before min_epochs allowed it
+        early = trainer.should_stop and any(self.first < epoch <= epochs for epoch in stopped)
+        if whole < epochs or (not 0 <= trainer.max_epochs <= whole and not early):
             self._print(
                 f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
                 f"{trainer.global_step}: last.ckpt holds {whole} whole "

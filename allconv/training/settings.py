@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import callbacks, loggers
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch import callbacks, cli, loggers
 from lightning.pytorch.utilities import rank_zero_only
 
 from allconv.checkpoints import Checkpoint, CheckpointError, find
@@ -43,7 +42,7 @@ TRUSTED = ("lightning.", "torch.", "allconv.")
 CODE = {"accelerator", "callbacks", "logger", "plugins", "profiler", "strategy"}
 
 
-class Parser(OneLineErrors, LightningArgumentParser):
+class Parser(OneLineErrors, cli.LightningArgumentParser):
     """LightningCLI's parser, with one-line errors."""
 
     classes = (*callbacks.__all__, *loggers.__all__)
@@ -108,7 +107,7 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
     """The settings of a checkpoint's run: its config.yaml, completed by the checkpoint itself.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: of the run.
         named: the user's own arguments; code named neither there nor in TRUSTED is left out.
         command: fit, validate or test; an evaluation logs only where its own arguments say so.
 
@@ -132,7 +131,9 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
             rank_zero_only(print)(f"left out: the run's trainer.{key}, which would end it at once")
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
-        trainer["callbacks"] = [c for c in own if "Finder'" not in str(c)] or None
+        trainer["callbacks"] = [c for c in own if not re.search("(Finder|Timer)'", str(c))] or None
+        if "Timer'" in str(own) and command == "fit":
+            rank_zero_only(print)("left out: the run's Timer, which would end it at once")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
     try:  # here, where an error is the file's and not of a flag
@@ -141,8 +142,8 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
         hint = "; of a subclass? trainer.test in Python takes it" if "accept" in str(error) else ""
         raise CheckpointError(f"{checkpoint.path}: {error}{hint}") from None
     model = checkpoint.hparams | model
-    data = data if checkpoint.run else {k: checkpoint.data[k] for k in SPLIT & {*checkpoint.data}}
-    data |= {k: checkpoint.data[k] for k in {"batch_size"} & {*checkpoint.data}}
+    known = (SPLIT | {"batch_size"}) & {*checkpoint.data}
+    data = data if checkpoint.run else {k: checkpoint.data[k] for k in known}
     settings |= {"trainer": trainer, "model": model, "data": data}
     return {k: v for k, v in settings.items() if k != "ckpt_path" and v is not None}
 
@@ -231,12 +232,11 @@ def _refuse_contradictions(checkpoint: Checkpoint, model: Namespace, resumed: bo
 
 
 def changes(before: dict[str, object], config: Namespace) -> list[str]:
-    """The changed settings that make a resumed run differ from the original, as text.
+    """The changed settings that make a resumed run differ from `before`, a file's, as text.
 
     Raises:
         UserError: the run was trained with other data.
     """
-    # now: types as in a file
     before, now = flat(before), flat(json.loads(json.dumps(config.as_dict(), default=str)))
     changed = {k for k in before if now.get(k) != before[k] and not FREE.match(k)}
     for key in sorted({f"data.{key}" for key in SPLIT} & changed):
