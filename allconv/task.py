@@ -115,6 +115,8 @@ class Classifier(LightningModule):
         if h.whiten and not getattr(self.net, "initialized", False):
             whiten_(self.net, normalize(data.sets["train"].images[::10], MEAN, STD))
         _mark_initialized(self.net)
+        # Lightning does so after it has loaded a checkpoint: float64 weights would be rounded
+        self.trainer.strategy.precision_plugin.convert_module(self)
 
     def on_fit_start(self) -> None:
         """Make the schedule again where a BatchSizeFinder has changed the steps of an epoch."""

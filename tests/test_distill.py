@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from conftest import TINY
@@ -42,6 +43,7 @@ def test_the_teacher_sees_the_students_images_at_full_size(run):
         training, max_epochs, num_training_batches = True, 1, 10
         global_step, accumulate_grad_batches, current_epoch = 0, 1, 0
         lightning_module, datamodule, callbacks, ckpt_path = task, data, [], None
+        strategy = lightning.Trainer(logger=False, accelerator="cpu").strategy
 
     data.setup("fit")
     data.trainer = task._trainer = Trainer

@@ -337,6 +337,14 @@ def test_broken_off_at_once_a_run_resumed_from_an_earlier_epoch_is_as_before(
     assert {path: path.read_bytes() for path in files} == files
 
 
+def test_float64_weights_are_resumed_exactly(own_folder):
+    fit = [*TINY, "--trainer.precision", "64-true"]
+    main(fit)
+    main([*fit, "--trainer.max_epochs", "1"])
+    main([*RESUME, "--trainer.max_epochs", "3"])
+    assert_same_checkpoint(LAST, RUN.with_name("version_1") / "checkpoints/last.ckpt")
+
+
 def test_broken_off_after_its_best_validation_a_run_goes_on_in_its_directory(own_folder):
     """The best.ckpt of the epoch that is trained again is newer than last.ckpt."""
     main([*TINY, *"--trainer.val_check_interval 4 --trainer.max_steps 5".split()])

@@ -93,7 +93,9 @@ def test_what_a_run_changed_against_its_recipe_is_listed(own_folder, capsys):
     few = "--trainer.limit_train_batches 3 --trainer.limit_val_batches 2 --model.width 4".split()
     main(["fit", "--config", "demo", "--config", "every_epoch", "--trainer.max_epochs", "1", *few])
     main([*TINY, *few, "--trainer.max_epochs", "1", "--model.decay_norms", "false"])
-    layered, alone = (row["changes"] for row in listed(capsys)["runs"])
+    main([*"fit --config finetune --init null --data.folder null".split(), *TINY[1:], *few])
+    layered, alone, nulls = (row["changes"] for row in listed(capsys)["runs"])
+    assert {"init null", "folder null"} <= set(nulls.split(", "))
     few = "limit_train_batches 3, limit_val_batches 2"
     assert set(layered.split(", ")) == {"width 4", "max_epochs 1", *few.split(", ")}
     expected = {"width 4", "decay_norms False", "demo True", "batch_size 16", "max_epochs 1"}

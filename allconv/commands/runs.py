@@ -82,7 +82,8 @@ def _changes(run: Path, config: dict[str, object]) -> list[str]:
         chosen = _flat(rundir.read_yaml(run / "hparams.yaml"))
     except rundir.RunError:  # none, or damaged
         chosen = {}
-    for key, value in _flat(config).items():
+    nulls = {k: "null" for k, v in recipe.items() if v is not None and k not in rundir.LOCAL}
+    for key, value in ((nulls if config else {}) | _flat(config)).items():
         if value != recipe[key] if key in recipe else key in chosen:
             found.append(f"{key} {value}".replace("'", ""))
     return found
