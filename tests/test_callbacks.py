@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import LAST, RUN, assert_same_checkpoint
+from conftest import LAST, RUN, assert_same_checkpoint, scalars
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter
 from matplotlib.figure import Figure
@@ -365,3 +365,20 @@ def test_a_stop_that_min_epochs_delays_is_an_early_stop(own_folder, capfd):
     out = capfd.readouterr().out
     assert len(read_metrics(RUN)) == 4
     assert "resume with" not in out
+
+
+class AtTheEnd(callbacks.Callback):
+    """Logs at the end of an epoch, with the number of steps so far."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        for logger in trainer.loggers:
+            logger.log_metrics({"own": trainer.current_epoch}, trainer.global_step)
+
+
+def test_what_a_callback_logs_at_the_end_of_an_epoch_survives_a_resume(own_folder):
+    own = flags("test_callbacks.AtTheEnd")
+    main([*FIT, *own])
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3", *own])
+    for found in ([row["own"] for row in read_rows(RUN) if "own" in row],
+                  [str(value) for tag, _, value in scalars(RUN) if tag == "own"]):  # fmt: skip
+        assert [float(value) for value in found] == [0, 1, 2]

@@ -24,9 +24,11 @@ def loggers(run: Path, step: int) -> list[Logger]:
     Args:
         run: the run directory.
         step: the step that a resumed run starts from, else 0; later rows and events are dropped.
+            Not those of the step itself: a callback may log at the end of an epoch with it.
     """
     place = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name}
-    return [Board(**place, default_hp_metric=False, purge_step=step), Table(run, step)]
+    purge = {"purge_step": step + 1 if step else 0}
+    return [Board(**place, default_hp_metric=False, **purge), Table(run, step)]
 
 
 class Board(TensorBoardLogger):
@@ -56,7 +58,7 @@ class Table(Logger):
         super().__init__()
         self.run = run
         rows = read_rows(run) if step else []
-        self.rows = {int(row["step"]): row for row in rows if int(row["step"]) < step}
+        self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= step}
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """Nothing: they are in config.yaml."""
