@@ -58,6 +58,7 @@ class Table(Logger):
         super().__init__()
         self.run = run
         rows = read_rows(run) if step else []
+        self.written = not step  # whether the file holds these rows
         self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= step}
 
     def log_hyperparams(self, *args, **kwargs) -> None:
@@ -65,10 +66,11 @@ class Table(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to the row of a step, and write the file if they conclude an epoch."""
+        """Add values to the row of a step, and write the file if it is that of an epoch's end."""
         step = max(self.rows, default=0) if step is None else step
-        self.rows.setdefault(step, {"step": step}).update(metrics)
-        if not metrics.keys().isdisjoint({"train/loss", "val/acc"}):
+        row = self.rows.setdefault(step, {"step": step})
+        row.update(metrics)
+        if not row.keys().isdisjoint({"train/loss", "val/acc"}):
             self._write()
 
     def _write(self) -> None:
@@ -78,14 +80,15 @@ class Table(Logger):
         table.writeheader()
         table.writerows(self.rows.values())
         write_text(self.run / "metrics.csv", text.getvalue())
+        self.written = True
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left of a run that was not broken off.
+        """Write what is left, unless a resumed run was broken off before its first epoch's end.
 
-        One that was resumed from an older checkpoint drops later rows only with its first epoch.
+        If it was resumed from an older checkpoint, the later rows are still in the file.
         """
-        if self.rows and status == "success":
+        if self.rows and (status == "success" or self.written):
             self._write()
 
 
