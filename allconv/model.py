@@ -66,7 +66,7 @@ class AllCNN(nn.Module):
             self.conv9.extend([nn.Dropout2d(dropout), nn.ReLU()])
 
     def maps(self, x: Tensor) -> Tensor:
-        """Maps (B, num_classes, ceil(H/4), ceil(W/4)) of normalized images; means are logits."""
+        """Evidence maps (B, num_classes, ceil(H/4), ceil(W/4)) of normalized images."""
         x = self.conv1(x).relu()  # (B, w, 32, 32) for 32 x 32 images
         x = self._shortcut(self.conv2(x), x)
         x = self.conv3(x).relu()  # (B, 2w, 16, 16)

@@ -73,8 +73,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self):
-        name = {"filename": "best", "enable_version_counter": False}
-        super().__init__(monitor="val/acc", mode="max", **name)
+        super().__init__(
+            filename="best", monitor="val/acc", mode="max", enable_version_counter=False
+        )
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -85,8 +86,9 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self):
-        name = {"filename": "last", "enable_version_counter": False}
-        super().__init__(save_on_train_epoch_end=True, **name)
+        super().__init__(
+            filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the initial state of a new run."""

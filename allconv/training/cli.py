@@ -167,7 +167,7 @@ class CLI(LightningCLI):
                 run, step = begin.run, begin.step
             if run and (changes := ", ".join(settings.changes(self.before, config))):
                 print(f"changed: {changes}; this run will no longer match the original", flush=True)
-            if why := begin and rundir.why_not_in(run, begin.path, step):
+            if why := begin and rundir.why_new_run(run, begin.path, step):
                 say(f"{begin.path} is {why}: this is a new run from it")
             if why or not run:
                 run = self.created = rundir.create(self.logs, begin and begin.path)

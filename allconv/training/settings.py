@@ -125,15 +125,15 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
             "repeat the flag or the --config that added it, or delete it from config.yaml"
         )
     say(*(f"left out: {name}, code that only the run's config.yaml names" for name in untrusted))
-    left_out = {"max_steps", "max_time"}  # they ended the run, and would end it again at once
-    for key in left_out if command == "fit" else left_out | {"logger", "profiler"}:
-        if trainer.pop(key, None) not in (None, -1) and command == "fit":
-            rank_zero_only(print)(f"left out: the run's trainer.{key}, which would end it at once")
+    ends = {"max_steps", "max_time"}  # they ended the run
+    keys = ends if command == "fit" else ends | {"logger", "profiler"}
+    left_out = [f"trainer.{key}" for key in keys if trainer.pop(key, None) not in (None, -1)]
     own = trainer.get("callbacks")
     if isinstance(own, list):  # what a finder found is in the checkpoint
         trainer["callbacks"] = [c for c in own if not re.search("(Finder|Timer)'", str(c))] or None
-        if "Timer'" in str(own) and command == "fit":
-            rank_zero_only(print)("left out: the run's Timer, which would end it at once")
+        left_out += ["Timer"] if "Timer'" in str(own) else []
+    for name in left_out if command == "fit" else ():
+        rank_zero_only(print)(f"left out: the run's {name}, which would end it at once", flush=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
     try:  # here, where an error is the file's and not of a flag
