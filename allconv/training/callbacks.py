@@ -97,8 +97,14 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(Path(self.dirpath, "last.ckpt"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after an epoch, unless max_steps cut it short."""
+        """Save the state after an epoch, unless max_steps cut it short.
+
+        First the rows that callbacks have logged: a run killed after it resumes behind them.
+        """
         if trainer.is_last_batch:
+            for logger in trainer.loggers:
+                if isinstance(logger, Table):
+                    logger.write()
             super().on_train_epoch_end(trainer, pl_module)
 
 
@@ -171,7 +177,7 @@ def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool
             why = "it finds one constant rate: it needs --model.muon_lr 0 and --model.warmup null"
         if why:
             raise UsageError(f"{name}: {why}")
-        if name == "ModelPruning" and resumed and trainer.is_global_zero:
+        if name == "ModelPruning" and resumed:
             say("ModelPruning: resumed from pruned weights, the run will not match an unbroken one")
 
 

@@ -71,9 +71,11 @@ class Table(Logger):
         row = self.rows.setdefault(step, {"step": step})
         row.update(metrics)
         if not row.keys().isdisjoint({"train/loss", "val/acc"}):
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the file."""
         columns = sorted({key for row in self.rows.values() for key in row})
         text = io.StringIO()
         table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -89,7 +91,7 @@ class Table(Logger):
         If it was resumed from an older checkpoint, the later rows are still in the file.
         """
         if self.rows and (status == "success" or self.written):
-            self._write()
+            self.write()
 
 
 class SaveConfig(SaveConfigCallback):
