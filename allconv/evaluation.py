@@ -55,6 +55,7 @@ def write(checkpoint, data, command: str, metrics, save_figures: Callable[[], No
         "step": checkpoint.step,
         "val_size": data.hparams.val_size,
         "split_seed": data.hparams.split_seed,
+        "precision": data.trainer.precision,
         "remark": _remark(checkpoint, data, split),
         **provenance(),
     }

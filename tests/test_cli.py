@@ -275,8 +275,10 @@ def test_evaluation_writes_beside_the_run(run):
     assert found["checkpoint"] == "lightning_logs/version_0/checkpoints/best.ckpt"
     for name in ("test.png", "test_confusion.png", "curves.png"):
         assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    main(["test", "--ckpt_path", str(LAST)])
-    assert json.loads((run / "test_last.json").read_text())["epoch"] == 3
+    main(["test", "--ckpt_path", str(LAST), "--trainer.precision", "bf16-mixed"])
+    last = json.loads((run / "test_last.json").read_text())
+    assert (last["epoch"], last["precision"]) == (3, "bf16-mixed")
+    assert found["precision"] == "32-true"
     assert json.loads((run / "test.json").read_text()) == found
     assert (run / "test_last_confusion.png").is_file()
     assert len(list(Path("lightning_logs").iterdir())) == 1
