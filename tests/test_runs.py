@@ -302,7 +302,10 @@ def test_a_run_is_named_by_its_number(run, capsys):
 def test_without_runs_and_with_wrong_columns(own_folder, refused):
     assert "no runs in" in refused("runs", code=1)
     assert "no runs in" in refused("runs", "--logs", "elsewhere", code=1)
-    Path("reproduced/demo/seed_43/lightning_logs").mkdir(parents=True)
+    Path("reproduced/csv/lightning_logs/version_0").mkdir(parents=True)  # of a CSVLogger
+    config = Path("reproduced/demo/seed_43/lightning_logs/version_0/config.yaml")
+    config.parent.mkdir(parents=True)
+    config.touch()
     hint = "try --logs reproduced/demo/seed_43/lightning_logs"
     assert hint in refused("runs", "--logs", "reproduced", code=1)
     assert "sort" in refused("runs", "--sort", "widht", code=2)

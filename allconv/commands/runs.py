@@ -1,5 +1,6 @@
 """`python -m allconv runs`: list runs and results, with mean and deviation over seeds."""
 
+import itertools
 import json
 import os
 import re
@@ -175,8 +176,9 @@ def main(args: list[str]) -> None:
     if not found and (rundir.number(logs) >= 0 or (logs / "config.yaml").is_file()):
         found = [logs]
     if not found:
-        inner = next(logs.glob(f"*/*/{rundir.LOGS}"), None)  # of `reproduce`
-        hint = f"try --logs {printable(inner)}" if inner else "make one: allconv fit"
+        deeper = (logs.glob(f"{above}/{rundir.LOGS}/*/config.yaml") for above in ("*", "*/*"))
+        inner = next(itertools.chain(*deeper), None)  # of several default_root_dir, or `reproduce`
+        hint = f"try --logs {printable(inner.parents[1])}" if inner else "make one: allconv fit"
         raise UserError(f"no runs in {logs.absolute()}; {hint}")
     runs = [describe(run) for run in found]
     groups, rows, key = sum_up(runs), [row for row, _ in runs], given.sort
