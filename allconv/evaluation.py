@@ -62,9 +62,10 @@ def write(checkpoint, data, command: str, metrics, save_figures: Callable[[], No
     step = f" (step {checkpoint.step:,})" if checkpoint.step else ""
     epoch = "" if checkpoint.epoch is None else f", epoch {checkpoint.epoch}{step},"
     print(f"{checkpoint.path}{epoch} on {title}, {n:,} images:")
-    for name in ("acc", "top5", "loss", "acc_flip"):
-        if (value := metrics.get(f"{split}/{name}")) is not None:
-            print(f"  {split}/{name:5} {value:.4f}")
+    shown = [f"{split}/{name}" for name in ("acc", "top5", "loss", "acc_flip")]
+    shown = [name for name in shown if name in metrics]
+    for name in shown:
+        print(f"  {name:{max(map(len, shown))}}  {metrics[name]:.4f}")
     if result["remark"]:
         print(f"  note: {result['remark']}")
     base, whole = place(checkpoint, command, data.dataset), len(data.sets[split])

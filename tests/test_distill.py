@@ -69,7 +69,7 @@ def test_resuming_is_exact_and_the_teacher_is_known_by_its_content(run, refused)
            "--data.cutmix", "0.5", "--data.crop", "2"]  # fmt: skip
     main(fit)
     main([*fit, "--trainer.max_steps", "18"])
-    main(["fit", "--ckpt_path", "last"])
+    main("fit --ckpt_path last --trainer.max_steps -1".split())
     whole, resumed = (
         torch.load(f"lightning_logs/version_{n}/checkpoints/last.ckpt", weights_only=True)
         for n in (1, 2)
@@ -96,7 +96,7 @@ def test_a_teacher_is_recorded_by_its_file(run):
     main([*TINY, "--model.teacher", "best", "--trainer.max_steps", "9"])
     config = (run.with_name("version_1") / "config.yaml").read_text()
     assert f"teacher: {run}/checkpoints/best.ckpt" in config
-    main(["fit", "--ckpt_path", "last"])
+    main("fit --ckpt_path last --trainer.max_steps -1".split())
 
 
 def test_without_validation_images_any_split_of_the_teacher_will_do(run, refused):

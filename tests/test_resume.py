@@ -81,9 +81,28 @@ def test_stopped_inside_an_epoch_and_resumed_equals_never_stopped(steps, own_fol
     assert rows(stopped) == epoch
     content = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == 4 * epoch
-    main(RESUME)  # the limit was that session's
+    main(RESUME)  # to the same step
+    more = f"fit --ckpt_path {stopped}/checkpoints/last.ckpt --trainer.max_steps -1"
+    said = capfd.readouterr().out
+    assert f"stopped in epoch {epoch + 1} at step {steps}" in said
+    assert f"resume with: python -m allconv {more}\n" in said
+    main(more.split())
     assert "changed:" not in capfd.readouterr().out
     assert_same_run(stopped, RUN)
+
+
+def test_a_resumed_run_keeps_its_limit_of_steps(own_folder, capfd, refused):
+    main([*TINY, "--trainer.max_steps", "14"])
+    main([*TINY, "--trainer.max_steps", "9"])
+    hint = "9 steps are done; set --trainer.max_steps above 9, or to -1"
+    assert hint in refused(*RESUME, code=2)
+    main([*RESUME, "--trainer.max_steps", "14"])
+    said = capfd.readouterr().out
+    assert "stopped in epoch 2 at step 14: last.ckpt holds 1 whole epoch;" in said
+    stopped = RUN.with_name("version_1")
+    assert_same_run(stopped, RUN)
+    main([*TINY, "--trainer.max_epochs", "-1", "--trainer.max_steps", "5"])
+    assert "--trainer.max_steps 10\n" in capfd.readouterr().out
 
 
 def test_stopped_in_the_first_epoch_is_not_tested_but_goes_on(own_folder, capfd, refused):
@@ -97,7 +116,7 @@ def test_stopped_in_the_first_epoch_is_not_tested_but_goes_on(own_folder, capfd,
     for command in ("test", "validate"):
         assert "first epoch" in refused(command, "--ckpt_path", "last", code=1)
     assert not list(RUN.glob("*.json"))
-    main([*RESUME, "--trainer.max_epochs", "1"])
+    main([*RESUME, "--trainer.max_epochs", "1", "--trainer.max_steps", "-1"])
     assert rows(RUN) == 1
 
 
@@ -109,9 +128,9 @@ def test_max_time_ends_a_run_after_a_whole_epoch(own_folder, capfd):
     assert torch.load(LAST, weights_only=True)["global_step"] == 9 * done
     main([*RESUME, "--trainer.max_epochs", str(done + 1)])
     assert rows(RUN) == done + 1
-    said = capfd.readouterr().out
-    assert "left out: the run's trainer.max_time" in said
-    assert "whole epoch" not in said
+    assert "whole epoch" not in capfd.readouterr().out
+    main([*RESUME, "--trainer.max_epochs", "500"])  # as long again
+    assert done + 1 < rows(RUN) < 500
 
 
 @pytest.mark.parametrize(
@@ -349,7 +368,7 @@ def test_broken_off_after_its_best_validation_a_run_goes_on_in_its_directory(own
     """The best.ckpt of the epoch that is trained again is newer than last.ckpt."""
     main([*TINY, *"--trainer.val_check_interval 4 --trainer.max_steps 5".split()])
     assert read_metrics(RUN)[0]["step"] == 3
-    main(RESUME)
+    main([*RESUME, "--trainer.max_steps", "-1"])
     assert not RUN.with_name("version_1").exists()
     assert rows(RUN) > 3
 

@@ -50,6 +50,22 @@ class EpochSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+class Limits(Callback):
+    """Lets max_steps and a Timer limit a resumed training as they do a new one."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hide max_steps until training starts: Lightning would resume with an empty epoch."""
+        self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module, checkpoint: dict) -> None:
+        """Let a Timer count anew: used up, it would end the resumed training at once."""
+        checkpoint["callbacks"].pop("Timer", None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set max_steps again."""
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically.
 

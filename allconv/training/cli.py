@@ -125,9 +125,9 @@ class CLI(LightningCLI):
             self.predictions = figures.Predictions(base)
             added = [self.predictions]
         elif given.barebones:
-            added = [callbacks.EpochSeed()]
+            added = [callbacks.EpochSeed(), callbacks.Limits()]
         else:
-            added = [callbacks.EpochSeed(), callbacks.StepLoss(), Progress(bar)]
+            added = [callbacks.EpochSeed(), callbacks.Limits(), callbacks.StepLoss(), Progress(bar)]
             if given.enable_model_summary is not False and not _any(own, ModelSummary):
                 added.append(callbacks.NetSummary(max_depth=2))
             self.run_wanted = given.logger is not False and not given.fast_dev_run

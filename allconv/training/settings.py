@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import callbacks, cli, loggers
-from lightning.pytorch.utilities import rank_zero_only
 
 from allconv.checkpoints import Checkpoint, CheckpointError, find
 from allconv.errors import OneLineErrors, UsageError, UserError, say
@@ -125,15 +124,10 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
             "repeat the flag or the --config that added it, or delete it from config.yaml"
         )
     say(*(f"left out: {name}, code that only the run's config.yaml names" for name in untrusted))
-    ends = {"max_steps", "max_time"}  # they ended the run
-    keys = ends if command == "fit" else ends | {"logger", "profiler"}
-    left_out = [f"trainer.{key}" for key in keys if trainer.pop(key, None) not in (None, -1)]
-    own = trainer.get("callbacks")
-    if isinstance(own, list):  # what a finder found is in the checkpoint
-        trainer["callbacks"] = [c for c in own if not re.search("(Finder|Timer)'", str(c))] or None
-        left_out += ["Timer"] if "Timer'" in str(own) else []
-    for name in left_out if command == "fit" else ():
-        rank_zero_only(print)(f"left out: the run's {name}, which would end it at once", flush=True)
+    for key in () if command == "fit" else ("logger", "profiler"):
+        trainer.pop(key, None)
+    if isinstance(own := trainer.get("callbacks"), list):  # what it found is in the checkpoint
+        trainer["callbacks"] = [c for c in own if not re.search("Finder'", str(c))] or None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
     try:  # here, where an error is the file's and not of a flag
@@ -172,11 +166,8 @@ def check(config: Namespace, checkpoint: Checkpoint | None, resumed: bool) -> No
         UsageError: they never work.
         CheckpointError: the checkpoint was made with others.
     """
-    if resumed and config.trainer.max_steps != -1:  # Lightning would count the last epoch twice
-        raise UsageError(
-            f"trainer.max_steps is {config.trainer.max_steps}: a resumed run is ended by "
-            "trainer.max_epochs or trainer.max_time"
-        )
+    if resumed and 0 < config.trainer.max_steps <= (done := checkpoint.step):
+        raise UsageError(f"{done} steps are done; set --trainer.max_steps above {done}, or to -1")
     if resumed and config.trainer.fast_dev_run:
         raise UsageError("trainer.fast_dev_run tries a new run: leave --ckpt_path out")
     for key in sorted({"max_epochs", "max_steps", *DIVISORS}):
