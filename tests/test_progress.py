@@ -46,3 +46,5 @@ def test_bar_fits_the_terminal(more, columns, rate, own_folder):
     assert [line[:5].strip() for line in lines if re.match(r"    \d  ", line)] == ["1", "2", "3"]
     assert said.count("run directory: ") == 2  # at the start and at the end
     assert f"next: python -m allconv test --ckpt_path {LAST.with_name('best.ckpt')}" in lines
+    said = at_a_terminal("fit --ckpt_path last --trainer.max_epochs 4".split(), columns)
+    assert re.search(r"epoch 4/4 .*loss \d\.\d\d best \d+\.\d% ", said)

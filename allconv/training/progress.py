@@ -70,6 +70,7 @@ class Progress(Callback):
         run, data = run_directory(trainer), trainer.datamodule
         if run and (best := best_row(run)):
             self.best = 100 * best["val/acc"]
+            self.validated = f" best {self.best:.1f}%"
         parameters = sum(p.numel() for p in pl_module.net.parameters())
         count, sizes = {}, (data.hparams.batch_size, data.eval_batch_size)
         limit = trainer.limit_val_batches  # a number, or a share, which may be 0 or 1
