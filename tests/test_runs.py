@@ -124,7 +124,10 @@ def test_seeds_are_summed_up(run, capsys):
     spread = group["val/acc"]
     assert spread["sd"] > 0
     said = capsys.readouterr().out
-    assert f"{spread['mean']:.4f} ± {spread['sd']:.4f} (n = 3)" in said
+    assert f"  {spread['mean']:.4f} ± {spread['sd']:.4f}  " in said
+    copied(run, 5, 47, test=False)
+    main(["runs"])
+    assert capsys.readouterr().out.count(" (n = 3)  ") == 1  # of four seeds, three are tested
 
 
 def test_sorting_and_plain_text_in_a_pipe(run, capsys):
@@ -148,12 +151,15 @@ def test_sorting_and_plain_text_in_a_pipe(run, capsys):
 
 def test_a_narrow_terminal_has_the_changes_below_the_run(run, capsys, monkeypatch):
     copied(run, 1, 44, cutmix=0.5)
+    for n in (2, 3):
+        copied(run, n, 44 + n)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     main(["runs"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if line[:1].strip()][:3] == ["number", "0", "1"]
+    assert any(" ± " in line for line in lines)
     assert "changes: width 4, batch_size 16" in lines[2]
 
 
@@ -163,7 +169,7 @@ def test_an_ascii_terminal_gets_the_seeds_too(run):
         child = process("runs", env={**os.environ, **variables})
         said = child.communicate()[0]
         assert child.returncode == 0, said
-        assert "(n = 2)" in said
+        assert "over seeds" in said
 
 
 def test_an_ascii_terminal_gets_the_names_of_files(run):

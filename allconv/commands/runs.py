@@ -131,7 +131,8 @@ def _cell(row: Row, key: str) -> str:
         return "-"
     if isinstance(value, dict):
         spread = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
-        return f"{value['mean']:.4f}{spread} (n = {value['n']})"
+        n = f" (n = {value['n']})" if value["n"] < len(row["seed"]) else ""
+        return f"{value['mean']:.4f}{spread}{n}"
     if isinstance(value, list):
         value = " ".join(map(str, value))
     if key == "problem":
