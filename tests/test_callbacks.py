@@ -220,7 +220,7 @@ def test_a_run_with_a_callback_is_resumed_exactly(name, own_folder, monkeypatch,
     # steps stop a run whose end is one of the callback's settings
     steps = "-1" if epochs == 1 else "8"
     main([*fit, "--trainer.max_epochs", str(epochs), "--trainer.max_steps", steps])
-    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    main("fit --ckpt_path last --trainer.max_epochs 3 --trainer.max_steps -1".split())
     assert (RUN / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     assert_same_checkpoint(LAST, whole / "checkpoints/last.ckpt")
     if name.endswith("Finder"):  # it would start again from the first epoch

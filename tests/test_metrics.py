@@ -203,7 +203,7 @@ def test_flip_averaging_is_reported_apart(run, capsys):
     main(["test", "--model.flip_test", "true"])
     both = written(run, "test")
     assert both["test/acc"] == plain["test/acc"]
-    assert f"test/acc_flip {both['test/acc_flip']:.4f}" in capsys.readouterr().out
+    assert f"test/acc_flip  {both['test/acc_flip']:.4f}" in capsys.readouterr().out
 
 
 def test_the_notebooks_own_checkpoint_is_tested(own_folder):
