@@ -193,7 +193,7 @@ def check(trainer: Trainer, task: LightningModule, data: CIFAR100, resumed: bool
             why = "it finds one constant rate: it needs --model.muon_lr 0 and --model.warmup null"
         if why:
             raise UsageError(f"{name}: {why}")
-        if name == "ModelPruning" and resumed:
+        if name == "ModelPruning" and resumed and trainer.is_global_zero:
             say("ModelPruning: resumed from pruned weights, the run will not match an unbroken one")
 
 

@@ -190,14 +190,14 @@ class Progress(Callback):
         stopped = [callback.stopped_epoch + 1 for callback in trainer.early_stopping_callbacks]
         # in this session, and perhaps before min_epochs allowed it
         early = trainer.should_stop and any(self.first < epoch <= epochs for epoch in stopped)
-        limit = trainer.max_steps
-        more = -1 if trainer.max_epochs >= 0 else 2 * limit
-        more = f" --trainer.max_steps {more}" if 0 <= limit <= trainer.global_step else ""
+        flag = ""
+        if 0 <= (limit := trainer.max_steps) <= trainer.global_step:
+            flag = f" --trainer.max_steps {-1 if trainer.max_epochs >= 0 else 2 * limit}"
         if whole < epochs or (not 0 <= trainer.max_epochs <= whole and not early):
             self._print(
                 f"stopped {'in' if whole < epochs else 'after'} epoch {epochs} at step "
                 f"{trainer.global_step}: last.ckpt holds {whole} whole "
-                f"epoch{'' if whole == 1 else 's'}; {resume_with(last)}{more}"
+                f"epoch{'' if whole == 1 else 's'}; {resume_with(last)}{flag}"
             )
         if best := best_row(run):
             title = trainer.datamodule.dataset.title

@@ -124,9 +124,9 @@ def run_settings(checkpoint: Checkpoint, named: str, command: str) -> dict[str, 
             "repeat the flag or the --config that added it, or delete it from config.yaml"
         )
     say(*(f"left out: {name}, code that only the run's config.yaml names" for name in untrusted))
-    for key in () if command == "fit" else ("logger", "profiler"):
-        trainer.pop(key, None)
-    if isinstance(own := trainer.get("callbacks"), list):  # what it found is in the checkpoint
+    if command != "fit":
+        trainer |= {"logger": None, "profiler": None}
+    if isinstance(own := trainer.get("callbacks"), list):  # what one found is in the checkpoint
         trainer["callbacks"] = [c for c in own if not re.search("Finder'", str(c))] or None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Classifier, "model")
